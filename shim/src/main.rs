@@ -1,0 +1,3 @@
+//! The binary `containerd-shim-transship-v2`.
+
+fn main() {}

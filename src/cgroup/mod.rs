@@ -1,0 +1,1 @@
+//! The cgroup freezer, v1 and v2.

@@ -1,0 +1,1 @@
+//! The unix socket between agent and shim.

@@ -1,0 +1,1 @@
+//! CRIU's RPC, images and gates.

@@ -1,0 +1,34 @@
+//! transship moves a running container to another node: memory, open files, writable layer, stdio, IP address and
+//! established TCP connections.
+//!
+//! # Layout
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | [`migrate`] | the migration itself: wire codec, protocol, source, destination, report |
+//! | [`criu`] | CRIU's RPC, dump options, page server, image writers, the gates around a restore |
+//! | [`cgroup`] | the freezer of cgroup v1 and v2 |
+//! | [`net`] | a network namespace captured, rebuilt, fenced and announced |
+//! | [`rootfs`] | the writable layer: captured as a stream of entries, applied exactly |
+//! | [`control`] | the unix socket between agent and shim, with descriptors passed along |
+//! | [`tls`] | certificates, mutual TLS 1.3, the ClientHello peek |
+//! | [`containerd`] | what we ask of containerd: containers, tasks, images, snapshots, content |
+//! | [`agent`] | the node's daemon: peers, tickets, preparing and undoing a destination |
+//! | [`cli`] | the operator's command line |
+//! | [`doctor`] | is this node fit, and what to do about it |
+//!
+//! The shim (`shim/`, binary `containerd-shim-transship-v2`) uses `migrate`, `criu`, `cgroup`, `net`, `rootfs`, `control` and `tls`;
+//! it never talks to containerd's gRPC API. The binary `transship` (`src/main.rs`) is `cli`.
+//! The library knows nothing of Kubernetes or ctr.
+
+pub mod agent;
+pub mod cgroup;
+pub mod cli;
+pub mod containerd;
+pub mod control;
+pub mod criu;
+pub mod doctor;
+pub mod migrate;
+pub mod net;
+pub mod rootfs;
+pub mod tls;

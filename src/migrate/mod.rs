@@ -1,0 +1,1 @@
+//! The migration: codec, protocol, source, destination, report.

@@ -1,0 +1,1 @@
+//! A container's network namespace: captured, rebuilt, fenced, announced.

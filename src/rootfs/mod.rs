@@ -1,0 +1,1 @@
+//! The writable layer: captured as entries and applied exactly.

@@ -1,0 +1,1 @@
+//! Certificates and mutual TLS 1.3 between nodes.
