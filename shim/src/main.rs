@@ -21,6 +21,7 @@ mod bootstrap;
 mod bundle;
 mod checkpoint;
 mod command;
+mod console;
 mod container;
 mod control;
 mod detect;
