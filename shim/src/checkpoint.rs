@@ -16,7 +16,6 @@ use containerd_shim_protos::{
 use crate::{
     container::{Container, Origin},
     errors::{TaskError, TaskResult},
-    io::{ChildStdio, ProcessIo},
     lifecycle::explain,
     options,
     reaper::ExitWatch,
@@ -79,20 +78,11 @@ impl Container {
             ..Default::default()
         };
         let mark = self.shared.reaper.mark();
-        let stdio = &self.init.stdio;
-        let restored = if stdio.terminal {
-            let (io, console) = ProcessIo::open_console(stdio, &self.shared.namespace, &self.id).await?;
-            self.init.set_io(io.clone());
-            args.console_socket = Some(console.path().to_path_buf());
-            match self.runc.restore(&self.id, &args, ChildStdio::default()).await {
-                Ok(()) => io.attach_console(console).await.context("failed to retrieve console master"),
-                Err(e) => Err(e),
-            }
-        } else {
-            let (io, child) =
-                ProcessIo::open(stdio, self.io_owner(), &self.shared.namespace, &self.id).await?;
-            self.init.set_io(io);
-            self.runc.restore(&self.id, &args, child).await
+        let stdio = self.open_stdio(&self.init).await.context("failed to create init process I/O")?;
+        args.console_socket = stdio.console.as_ref().map(|c| c.path().to_path_buf());
+        let restored = match self.runc.restore(&self.id, &args, stdio.child).await {
+            Ok(()) => self.attach_console(&self.init, stdio.console).await,
+            Err(e) => Err(e),
         };
         if let Err(e) = restored {
             if let Some(io) = self.init.io() {

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{
     container::Container,
     errors::{TaskError, TaskResult},
-    io::{ChildStdio, ProcessIo, StdioConfig},
+    io::StdioConfig,
     lifecycle::explain,
     process::{Process, timestamp},
     reaper::Exit,
@@ -126,22 +126,11 @@ impl Container {
             .tempfile_in(&self.bundle)
             .context("make a file for the exec's process")?;
         std::io::Write::write_all(&mut spec, &exec.spec).context("write the exec's process")?;
-        let failed = |e| explain(e, "OCI runtime exec failed");
-        if process.stdio.terminal {
-            let (io, console) =
-                ProcessIo::open_console(&process.stdio, &self.shared.namespace, &process.id).await?;
-            process.set_io(io.clone());
-            let socket = Some(console.path().to_path_buf());
-            let run =
-                self.runc.exec(&self.id, spec.path(), pid_file, socket.as_deref(), ChildStdio::default());
-            run.await.map_err(failed)?;
-            io.attach_console(console).await.context("failed to retrieve console master")?;
-        } else {
-            let (io, child) =
-                ProcessIo::open(&process.stdio, self.io_owner(), &self.shared.namespace, &process.id).await?;
-            process.set_io(io);
-            self.runc.exec(&self.id, spec.path(), pid_file, None, child).await.map_err(failed)?;
-        }
+        let stdio = self.open_stdio(process).await.context("failed to create exec process I/O")?;
+        let socket = stdio.console.as_ref().map(|c| c.path());
+        let run = self.runc.exec(&self.id, spec.path(), pid_file, socket, stdio.child).await;
+        run.map_err(|e| explain(e, "OCI runtime exec failed"))?;
+        self.attach_console(process, stdio.console).await?;
         Ok(runc::read_pid(pid_file).context("failed to retrieve OCI runtime exec pid")?)
     }
 

@@ -20,7 +20,7 @@ use crate::{
     bundle,
     container::{Container, Origin, Shared},
     errors::{TaskError, TaskResult},
-    io::{ChildStdio, ProcessIo, StdioConfig},
+    io::{ProcessIo, StdioConfig},
     mounts, oom, options,
     process::{Process, timestamp},
     reaper::{Exit, ExitWatch, Mark},
@@ -98,12 +98,6 @@ pub async fn create(
 }
 
 impl Container {
-    /// Who owns the pipes of its processes' stdio.
-    pub fn io_owner(&self) -> Option<(u32, u32)> {
-        let owner = (self.options.io_uid, self.options.io_gid);
-        (owner != (0, 0)).then_some(owner)
-    }
-
     /// Mounts the root filesystem as the request describes it. Create does it, except for an incoming migration.
     pub async fn mount_rootfs(&self) -> Result<()> {
         mounts::mount_all(&self.mounts, &self.rootfs()).await
@@ -115,25 +109,15 @@ impl Container {
     }
 
     async fn runc_create(&self) -> TaskResult<u32> {
-        let mut args = CreateArgs {
-            console_socket: None,
+        let stdio = self.open_stdio(&self.init).await.context("failed to create init process I/O")?;
+        let args = CreateArgs {
+            console_socket: stdio.console.as_ref().map(|c| c.path().to_path_buf()),
             no_pivot: self.options.no_pivot_root,
             no_new_keyring: self.options.no_new_keyring,
         };
-        let failed = |e| explain(e, "OCI runtime create failed");
-        let stdio = &self.init.stdio;
-        if stdio.terminal {
-            let (io, console) = ProcessIo::open_console(stdio, &self.shared.namespace, &self.id).await?;
-            self.init.set_io(io.clone());
-            args.console_socket = Some(console.path().to_path_buf());
-            self.runc.create(&self.id, &args, ChildStdio::default()).await.map_err(failed)?;
-            io.attach_console(console).await.context("failed to retrieve console master")?;
-        } else {
-            let (io, child) =
-                ProcessIo::open(stdio, self.io_owner(), &self.shared.namespace, &self.id).await?;
-            self.init.set_io(io);
-            self.runc.create(&self.id, &args, child).await.map_err(failed)?;
-        }
+        let run = self.runc.create(&self.id, &args, stdio.child).await;
+        run.map_err(|e| explain(e, "OCI runtime create failed"))?;
+        self.attach_console(&self.init, stdio.console).await?;
         Ok(runc::read_pid(&self.runc.pid_file()).context("failed to retrieve OCI runtime container pid")?)
     }
 

@@ -13,7 +13,7 @@
 //! | `process`, `state` | one process, its states |
 //! | `runc`, `command`, `reaper` | running runc; waiting for children |
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
-//! | `io`, `console` | stdio and terminals |
+//! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
 //! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
 //! | `hooks` | where the migration hooks in |
 
@@ -42,6 +42,7 @@ mod server;
 mod service;
 mod state;
 mod stats;
+mod stdio;
 #[cfg(test)]
 mod tests;
 

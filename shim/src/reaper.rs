@@ -10,7 +10,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    os::unix::process::CommandExt,
     process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::SystemTime,
@@ -102,16 +101,8 @@ impl Reaper {
         ExitWatch(rx)
     }
 
-    /// Spawns `command` and watches it. The child dies with the shim's main thread (as the Go shim's runc does), so that a killed
-    /// shim leaves no half-made container behind. Must run on the runtime's thread.
+    /// Spawns `command` and watches it. Must run on the runtime's thread.
     pub fn spawn(&self, command: &mut Command) -> Result<(i32, ExitWatch)> {
-        // SAFETY: prctl is async-signal-safe and touches nothing of the parent's.
-        unsafe {
-            command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            });
-        }
         let (tx, rx) = oneshot::channel();
         // The lock is held over the spawn, so that the child's exit cannot be dispatched before its watcher is in the table.
         let mut inner = self.inner();

@@ -22,7 +22,7 @@ pub type Watched = Arc<AsyncFd<OwnedFd>>;
 /// Registers a descriptor whose description is already non-blocking.
 pub fn watch(fd: impl Into<OwnedFd>, interest: Interest) -> Result<Watched> {
     Ok(Arc::new(
-        AsyncFd::register_with_interest(fd.into(), interest)
+        AsyncFd::with_interest(fd.into(), interest)
             .context("registering a stream with the event loop")?,
     ))
 }
