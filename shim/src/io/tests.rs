@@ -323,12 +323,15 @@ async fn terminal_echo_size_and_exit() {
         stdout: Some(slave.try_clone().unwrap()),
         stderr: Some(slave),
     };
-    let sh = container("stty size; read line; echo got $line >&2; sleep 0.1", child);
+    // A process in the background that keeps the terminal must not keep the output open.
+    let sh = container("stty size; read line; echo got $line >&2; trap '' HUP; sleep 2 & sleep 0.1", child);
     tokio::time::sleep(Duration::from_millis(100)).await;
     File::options().write(true).open(&cfg.stdin).unwrap().write_all(b"hello\n").unwrap();
     timeout(LONG, wait(sh)).await.unwrap();
-    io.drain(LONG).await;
+    // The client waits for the end of the output, only then it deletes (and the shim drains).
+    io.process_exited();
     assert_eq!(text(out).await, "37 101\r\nhello\r\ngot hello\r\n");
+    io.drain(LONG).await;
     io.close().await;
     assert!(io.resize(1, 1).is_err());
 }

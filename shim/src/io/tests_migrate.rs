@@ -59,8 +59,15 @@ async fn rollback_under_load_is_exact() {
         }
         freeze(&seq);
         let grace = if round % 2 == 0 { NO_GRACE } else { Duration::from_millis(3) };
-        carried += usize::from(!io.quiesce(grace).await.unwrap().stdout.is_empty());
-        io.resume();
+        // A migration calls from its own thread.
+        let (runtime, other) = (tokio::runtime::Handle::current(), io.clone());
+        let quiesce = move || {
+            let carry = runtime.block_on(other.quiesce(grace));
+            other.resume();
+            carry
+        };
+        carried +=
+            usize::from(!tokio::task::spawn_blocking(quiesce).await.unwrap().unwrap().stdout.is_empty());
         thaw(&seq);
     }
     wait(seq).await;
