@@ -22,7 +22,6 @@ mod bundle;
 mod checkpoint;
 mod command;
 mod console;
-<<<<<<< HEAD
 mod container;
 mod control;
 mod detect;
@@ -47,16 +46,6 @@ mod stats;
 mod stdio;
 #[cfg(test)]
 mod tests;
-=======
-#[allow(dead_code, unused_imports)]
-mod events;
-#[allow(dead_code, unused_imports)]
-mod io;
-#[allow(dead_code, unused_imports)]
-mod oom;
-#[allow(dead_code, unused_imports)]
-mod stats;
->>>>>>> refs/heads/stdio
 
 use std::{process::ExitCode, sync::Arc};
 
