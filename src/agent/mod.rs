@@ -1,1 +1,3 @@
 //! The node's daemon.
+
+pub mod api;
