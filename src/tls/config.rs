@@ -23,6 +23,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
 
 use super::cert::{CA_CERT, NODE_CERT, NODE_KEY};
+use crate::control::TlsMaterial;
 
 /// Where the agent's and the shims' certificates are, unless the agent's config says otherwise.
 pub const DEFAULT_DIR: &str = "/etc/transship/pki";
@@ -44,81 +45,98 @@ impl Pki {
         &self.dir
     }
 
-    /// For the accepting side; `alpn`: what it speaks.
+    /// What the directory holds, as the shims get it.
     ///
     /// # Errors
-    /// A file is missing or does not parse, or key and certificate do not belong together.
-    pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>> {
-        let provider = provider();
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots()?, provider.clone())
-            .build()
-            .context("the CA's certificate")?;
-        let (chain, key) = self.identity()?;
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&TLS13])
-            .context("TLS 1.3")?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key)
-            .with_context(|| format!("{}: certificate and key", self.dir.display()))?;
-        config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(Arc::new(config))
+    /// A file is missing.
+    pub fn material(&self) -> Result<TlsMaterial> {
+        let read = |file: &str| {
+            let path = self.dir.join(file);
+            fs::read_to_string(&path)
+                .with_context(|| format!("{}: make it with `transship cert`", path.display()))
+        };
+        Ok(TlsMaterial { ca: read(CA_CERT)?, cert: read(NODE_CERT)?, key: read(NODE_KEY)? })
     }
 
-    /// For the dialling side. `peer`: whom the certificate has to name; without it that is the server name given to the
-    /// connection. (A data connection asks for a migration's name, and expects the node's.)
-    ///
-    /// # Errors
-    /// As [`Pki::server`], or `peer` is neither a DNS name nor an IP address.
+    /// [`server`] with what the directory holds now.
+    pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>> {
+        server(&self.material()?, alpn).with_context(|| format!("pki directory {}", self.dir.display()))
+    }
+
+    /// [`client`] with what the directory holds now.
     pub fn client(&self, alpn: &[u8], peer: Option<&str>) -> Result<Arc<ClientConfig>> {
-        let provider = provider();
-        let webpki = WebPkiServerVerifier::builder_with_provider(self.roots()?, provider.clone())
-            .build()
-            .context("the CA's certificate")?;
-        let expected = peer.map(server_name).transpose()?;
-        let (chain, key) = self.identity()?;
-        let mut config = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&TLS13])
-            .context("TLS 1.3")?
-            .dangerous() // not laxer: webpki decides, only about another name
-            .with_custom_certificate_verifier(Arc::new(NamedVerifier { webpki, expected }))
-            .with_client_auth_cert(chain, key)
-            .with_context(|| format!("{}: certificate and key", self.dir.display()))?;
-        config.alpn_protocols = vec![alpn.to_vec()];
-        config.resumption = Resumption::disabled();
-        Ok(Arc::new(config))
+        client(&self.material()?, alpn, peer).with_context(|| format!("pki directory {}", self.dir.display()))
     }
 
     /// The name in this node's own certificate.
     pub fn node_name(&self) -> Result<String> {
-        peer_name(&self.certificates(NODE_CERT)?)
+        peer_name(&certificates(&self.material()?.cert)?)
     }
+}
 
-    fn roots(&self) -> Result<Arc<RootCertStore>> {
-        let mut roots = RootCertStore::empty();
-        for certificate in self.certificates(CA_CERT)? {
-            roots.add(certificate).with_context(|| format!("{}", self.dir.join(CA_CERT).display()))?;
-        }
-        Ok(Arc::new(roots))
-    }
+/// For the accepting side; `alpn`: what it speaks.
+///
+/// # Errors
+/// A text does not parse, or key and certificate do not belong together.
+pub fn server(material: &TlsMaterial, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>> {
+    let provider = provider();
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots(material)?, provider.clone())
+        .build()
+        .context("the CA's certificate")?;
+    let (chain, key) = identity(material)?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .context("TLS 1.3")?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)
+        .context("the node's certificate and key")?;
+    config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
 
-    fn identity(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let path = self.dir.join(NODE_KEY);
-        let key = PrivateKeyDer::from_pem_file(&path).with_context(|| format!("{}", path.display()))?;
-        Ok((self.certificates(NODE_CERT)?, key))
-    }
+/// For the dialling side. `peer`: whom the certificate has to name; without it that is the server name given to the
+/// connection. (A data connection asks for a migration's name, and expects the node's.)
+///
+/// # Errors
+/// As [`server`], or `peer` is neither a DNS name nor an IP address.
+pub fn client(material: &TlsMaterial, alpn: &[u8], peer: Option<&str>) -> Result<Arc<ClientConfig>> {
+    let provider = provider();
+    let webpki = WebPkiServerVerifier::builder_with_provider(roots(material)?, provider.clone())
+        .build()
+        .context("the CA's certificate")?;
+    let expected = peer.map(server_name).transpose()?;
+    let (chain, key) = identity(material)?;
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .context("TLS 1.3")?
+        .dangerous() // not laxer: webpki decides, only about another name
+        .with_custom_certificate_verifier(Arc::new(NamedVerifier { webpki, expected }))
+        .with_client_auth_cert(chain, key)
+        .context("the node's certificate and key")?;
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    Ok(Arc::new(config))
+}
 
-    fn certificates(&self, file: &str) -> Result<Vec<CertificateDer<'static>>> {
-        let path = self.dir.join(file);
-        let pem =
-            fs::read(&path).with_context(|| format!("{}: make it with `transship cert`", path.display()))?;
-        let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-            .collect::<Result<_, _>>()
-            .with_context(|| format!("{}", path.display()))?;
-        ensure!(!certificates.is_empty(), "{}: no certificate in it", path.display());
-        Ok(certificates)
+fn roots(material: &TlsMaterial) -> Result<Arc<RootCertStore>> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(&material.ca).context("the CA's certificate")? {
+        roots.add(certificate).context("the CA's certificate")?;
     }
+    Ok(Arc::new(roots))
+}
+
+fn identity(material: &TlsMaterial) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+    let key = PrivateKeyDer::from_pem_slice(material.key.as_bytes()).context("the node's key")?;
+    Ok((certificates(&material.cert).context("the node's certificate")?, key))
+}
+
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let found: Vec<_> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>()?;
+    ensure!(!found.is_empty(), "no certificate in it");
+    Ok(found)
 }
 
 /// A host (DNS name or IP address) as rustls wants it.
@@ -377,7 +395,7 @@ mod tests {
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .unwrap()
-            .with_root_certificates(nodes.pki("node-a").roots().unwrap())
+            .with_root_certificates(roots(&nodes.pki("node-a").material().unwrap()).unwrap())
             .with_no_client_auth();
         client.alpn_protocols = vec![ALPN_CONTROL.to_vec()];
         let (client, server) = shake(Arc::new(client), server, "node-b");
