@@ -95,27 +95,36 @@ impl Finding {
 pub struct Options {
     /// The agent's configuration file.
     pub config: PathBuf,
-    /// The agent's unix socket.
-    pub agent_socket: PathBuf,
+    /// The agent's unix socket; `None`: as the agent's configuration says.
+    pub agent_socket: Option<PathBuf>,
     /// containerd's gRPC socket; `None`: as the agent's configuration says.
     pub containerd: Option<PathBuf>,
 }
 
 /// All findings, in the order of the table in this module's head.
-pub fn examine(options: &Options) -> Vec<Finding> {
-    let node = node::gather(&options.config, &options.agent_socket);
-    let containerd_socket = options.containerd.clone().unwrap_or_else(|| node.containerd.clone());
+///
+/// `during` hears the name of each subject before it is looked at: the probes take about a second in all.
+pub fn examine(options: &Options, mut during: impl FnMut(&'static str)) -> Vec<Finding> {
+    let node = node::gather(&options.config, options.agent_socket.as_deref());
     let caps = capabilities::gather();
     let lacks_resource = capabilities::lacks(&caps, "CAP_SYS_RESOURCE");
+    during("kernel");
     let mut all = kernel::verdict(&kernel::gather());
     all.push(overlay::verdict(&overlay::gather()));
     all.push(tracker::verdict(&tracker::gather()));
     all.extend(capabilities::verdict(&caps));
-    all.extend(cgroup::verdict(&cgroup::gather()));
-    all.extend(checkpoint::verdict(&checkpoint::gather(node.criu.as_deref())));
-    all.extend(runtime::verdict(&runtime::gather()));
-    all.extend(containerd::verdict(&containerd::gather(&containerd_socket), lacks_resource));
-    all.extend(room::verdict(&room::gather(&node.state_dir)));
+    during("cgroup");
+    let cgroup = cgroup::gather();
+    all.extend(cgroup::verdict(&cgroup));
+    during("criu");
+    all.extend(checkpoint::verdict(&checkpoint::gather(node.config.criu.as_deref())));
+    during("runtimes");
+    all.extend(runtime::verdict(&runtime::gather(), cgroup.version == cgroup::Version::V1));
+    during("containerd");
+    let socket = options.containerd.as_ref().unwrap_or(&node.config.containerd);
+    all.extend(containerd::verdict(&containerd::gather(socket), lacks_resource));
+    during("node");
+    all.extend(room::verdict(&room::gather(&node.config.images_dir)));
     all.push(cpu::verdict(&cpu::gather()));
     all.push(fence::verdict(&fence::gather()));
     all.extend(node::verdict(&node));

@@ -48,7 +48,7 @@ fn find(name: &str) -> Option<Program> {
 }
 
 /// The rules; the versions are those of `notes/runtimes.md`.
-pub fn verdict(facts: &Facts) -> Vec<Finding> {
+pub fn verdict(facts: &Facts, cgroup_v1: bool) -> Vec<Finding> {
     let mut out = Vec::new();
     out.push(match &facts.runc {
         None => Finding::fail("runc", "not on PATH", "install runc 1.1.15 or newer (apt install runc)"),
@@ -73,7 +73,11 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
     });
     if let Some(p) = &facts.crun {
         let found = format!("{} ({})", p.version, p.path.display());
-        out.push(Finding::ok("crun", found));
+        out.push(if cgroup_v1 {
+            Finding::warn("crun", found, "crun refuses cgroup v1: containers here have to use runc")
+        } else {
+            Finding::ok("crun", found)
+        });
     }
     out
 }
@@ -85,7 +89,7 @@ mod tests {
 
     fn level(version: &str) -> Level {
         let runc = Some(Program { path: "/x/runc".into(), version: version.into() });
-        verdict(&Facts { runc, crun: None })[0].level
+        verdict(&Facts { runc, crun: None }, true)[0].level
     }
 
     #[test]
@@ -96,7 +100,7 @@ mod tests {
         assert_eq!(level("runc version 1.2.7"), Level::Ok);
         assert_eq!(level("runc version 1.0.3"), Level::Fail);
         assert_eq!(level("does not run: x"), Level::Fail);
-        assert_eq!(verdict(&Facts::default())[0].level, Level::Fail);
+        assert_eq!(verdict(&Facts::default(), false)[0].level, Level::Fail);
     }
 
     #[test]
