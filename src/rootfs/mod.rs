@@ -1,1 +1,115 @@
-//! The writable layer: captured as entries and applied exactly.
+//! The writable layer of a container: captured as a stream of entries and applied exactly on the other node.
+//!
+//! # Layout
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | [`layer`] | which directory is the writable layer: containerd's mounts read, nothing touched |
+//! | [`entry`] | one entry of the stream, its limits, the order of entries |
+//! | [`wire`] | an entry as bytes and back; the bytes are not trusted |
+//! | [`xattr`] | which extended attributes travel, which stay, which stop the move |
+//! | [`mod@capture`] | a directory read into a [`Sink`] |
+//! | [`apply`] | a [`Sink`] that writes a directory |
+//! | [`diff`] | two directories compared entry by entry (tests, doctor) |
+//! | [`testing`] | random layers through a real overlay mount, moved and compared |
+//!
+//! Not here: who sends the stream (`migrate`), open-but-deleted files (CRIU's ghost files carry them), mounting.
+//!
+//! # The stream
+//!
+//! The root's entry first, then depth first, the names of a directory in byte order, so that a parent always comes
+//! before its children and every path is greater than the one before ([`entry::order`]); the data of a file follows its
+//! entry; [`Entry::End`] with the totals ends it. [`Apply`] checks all of this and never follows a path that the stream
+//! has not created itself.
+
+pub mod apply;
+pub mod capture;
+pub mod diff;
+pub mod entry;
+pub mod layer;
+mod sys;
+#[doc(hidden)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+pub mod xattr;
+
+pub use apply::Apply;
+pub use capture::{CaptureOptions, capture};
+pub use diff::{CompareOptions, Difference, compare};
+pub use entry::{Entry, Kind, Meta, Time, Totals, Xattr};
+pub use layer::{LayerKind, MountSpec, WritableLayer};
+pub use xattr::OverlayXattrs;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+/// Where a captured layer goes: the network's encoder, or [`Apply`].
+pub trait Sink {
+    /// Takes the next entry. The order is that of the module's documentation.
+    fn entry(&mut self, entry: &Entry) -> Result<()>;
+    /// Takes bytes at `offset` of the regular file whose entry was sent last. Offsets ascend; what is never sent is a
+    /// hole and reads as zeros.
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
+}
+
+/// What was captured or applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// All entries, the root's included, the end mark not.
+    pub entries: u64,
+    /// Directories, the root included.
+    pub directories: u64,
+    /// Directories that hide what the layers below have under the same name.
+    pub opaque: u64,
+    /// Regular files (first names of inodes).
+    pub files: u64,
+    /// Second and later names of inodes.
+    pub links: u64,
+    /// Symbolic links.
+    pub symlinks: u64,
+    /// FIFOs, sockets, character and block devices.
+    pub special: u64,
+    /// Whiteouts: names deleted from the layers below.
+    pub whiteouts: u64,
+    /// Bytes of file content sent.
+    pub bytes_data: u64,
+    /// Bytes of file content that are holes.
+    pub bytes_holes: u64,
+    /// Extended attributes sent.
+    pub xattrs: u64,
+    /// Extended attributes that mean something on the source's disk only and were left out ([`xattr`]).
+    pub xattrs_dropped: u64,
+    /// Inode flags that the destination's filesystem does not know (never immutable or append-only: those are errors).
+    pub flags_dropped: u64,
+    /// Files and names that changed while they were read. Always 0 for frozen tasks.
+    pub changed: u64,
+}
+
+impl Stats {
+    /// Counts one entry.
+    pub(crate) fn count(&mut self, entry: &Entry) {
+        let Entry::Node { kind, meta, .. } = entry else {
+            if matches!(entry, Entry::Link { .. }) {
+                self.entries += 1;
+                self.links += 1;
+            }
+            return;
+        };
+        self.entries += 1;
+        self.xattrs += meta.xattrs.len() as u64;
+        match kind {
+            Kind::Directory => {
+                self.directories += 1;
+                self.opaque += u64::from(meta.xattrs.iter().any(|x| xattr::is_opaque(&x.name, &x.value)));
+            }
+            Kind::File { .. } => self.files += 1,
+            Kind::Symlink { .. } => self.symlinks += 1,
+            Kind::Whiteout => self.whiteouts += 1,
+            Kind::Fifo | Kind::Socket | Kind::CharDevice { .. } | Kind::BlockDevice { .. } => {
+                self.special += 1
+            }
+        }
+    }
+}
