@@ -181,8 +181,7 @@ fn reject(error: &clap::Error, json: bool) -> ExitCode {
         }
         _ if json => {
             let text = error.render().to_string();
-            let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_string();
-            let report = ErrorReport::new(ExitCode::Usage, message).advice("see transship --help");
+            let report = ErrorReport::new(ExitCode::Usage, first_paragraph(&text)).advice("see transship --help");
             Output { json, command: "" }.end(Err(report))
         }
         _ => {
@@ -190,6 +189,12 @@ fn reject(error: &clap::Error, json: bool) -> ExitCode {
             ExitCode::Usage
         }
     }
+}
+
+/// What clap says before it shows the usage, on one line.
+fn first_paragraph(text: &str) -> String {
+    let words = text.lines().take_while(|l| !l.trim().is_empty()).flat_map(str::split_whitespace);
+    words.collect::<Vec<_>>().join(" ").trim_start_matches("error: ").to_string()
 }
 
 #[cfg(test)]
@@ -242,6 +247,13 @@ mod tests {
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_usage_error_is_one_line() {
+        let error = parse("transship migrate redis").unwrap_err();
+        let text = first_paragraph(&error.render().to_string());
+        assert_eq!(text, "the following required arguments were not provided: --to <HOST[:PORT]>");
     }
 
     #[test]

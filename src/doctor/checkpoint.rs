@@ -19,6 +19,8 @@ pub enum Facts {
         version: String,
         /// The trial dump.
         trial: Trial,
+        /// The shim finds a CRIU by itself, or is told by the agent's configuration.
+        shim_finds: bool,
     },
 }
 
@@ -33,8 +35,9 @@ pub enum Trial {
     NotMade(String),
 }
 
-/// Finds CRIU as the shim does, and tries it. `explicit`: the path in the agent's configuration.
-pub fn gather(explicit: Option<&Path>) -> Facts {
+/// Finds CRIU and tries it. `explicit`: the path in the agent's configuration; `shim_path`: PATH in containerd's environment, which
+/// the shim inherits.
+pub fn gather(explicit: Option<&Path>, shim_path: Option<&str>) -> Facts {
     let criu = match Criu::find(explicit) {
         Ok(criu) => criu,
         Err(e) => return Facts::Missing(format!("{e:#}")),
@@ -44,12 +47,13 @@ pub fn gather(explicit: Option<&Path>) -> Facts {
         Ok(Err(finding)) => Trial::Failed(finding.to_string()),
         Err(e) => Trial::NotMade(format!("{e:#}")),
     };
-    Facts::Found { path: criu.path.clone(), version: criu.version.to_string(), trial }
+    let shim_finds = explicit.is_some() || shim_path.is_none_or(|p| super::runtime::on_path("criu", p).is_some());
+    Facts::Found { path: criu.path.clone(), version: criu.version.to_string(), trial, shim_finds }
 }
 
 /// The rules.
 pub fn verdict(facts: &Facts) -> Vec<Finding> {
-    let (path, version, trial) = match facts {
+    let (path, version, trial, shim_finds) = match facts {
         Facts::Missing(e) => {
             return vec![Finding::fail(
                 "criu",
@@ -58,9 +62,18 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
                  in /etc/transship/agent.toml when it is not on PATH",
             )];
         }
-        Facts::Found { path, version, trial } => (path, version, trial),
+        Facts::Found { path, version, trial, shim_finds } => (path, version, trial, *shim_finds),
     };
-    let found = Finding::ok("criu", format!("{version} ({})", path.display()));
+    let found = format!("{version} ({})", path.display());
+    let found = if shim_finds {
+        Finding::ok("criu", found)
+    } else {
+        Finding::warn(
+            "criu",
+            format!("{found}, not on containerd's PATH"),
+            "the shim looks on containerd's PATH: name it by `criu` in /etc/transship/agent.toml",
+        )
+    };
     let trial = match trial {
         Trial::Worked => Finding::ok("criu dump", "a process with connected TCP and unix sockets was dumped"),
         Trial::Failed(line) => Finding::fail(
@@ -82,7 +95,7 @@ mod tests {
     use crate::doctor::Level;
 
     fn found(trial: Trial) -> Facts {
-        Facts::Found { path: "/x/criu".into(), version: "4.2.1".into(), trial }
+        Facts::Found { path: "/x/criu".into(), version: "4.2.1".into(), trial, shim_finds: true }
     }
 
     #[test]
@@ -94,5 +107,12 @@ mod tests {
         assert!(failed.found.contains("1:16"), "CRIU's own line is shown");
         assert_eq!(last(&found(Trial::NotMade("x".into()))).level, Level::Fail);
         assert_eq!(last(&Facts::Missing("x".into())).level, Level::Fail);
+    }
+
+    #[test]
+    fn a_criu_that_the_shim_does_not_find_is_said() {
+        let Facts::Found { path, version, trial, .. } = found(Trial::Worked) else { unreachable!() };
+        let hidden = Facts::Found { path, version, trial, shim_finds: false };
+        assert_eq!(verdict(&hidden)[0].level, Level::Warn);
     }
 }

@@ -11,9 +11,9 @@
 //! | [`tracker`] | how dirty memory can be tracked: `uffd-wp`, `soft-dirty` or by comparing |
 //! | [`capabilities`] | CAP_* of this process |
 //! | [`cgroup`] | version and freezer |
+//! | [`containerd`] | socket, version, the shim on its PATH, the runtime handler in its configuration |
 //! | [`checkpoint`] | CRIU: version, and a dump of a process with a connected socket |
 //! | [`runtime`] | runc and crun |
-//! | [`containerd`] | socket, version, the shim on its PATH, the runtime handler in its configuration |
 //! | [`room`] | tmpfs for images, free memory |
 //! | [`cpu`] | the features that processes may be using |
 //! | [`fence`] | nf_tables in a network namespace |
@@ -116,13 +116,16 @@ pub fn examine(options: &Options, mut during: impl FnMut(&'static str)) -> Vec<F
     during("cgroup");
     let cgroup = cgroup::gather();
     all.extend(cgroup::verdict(&cgroup));
-    during("criu");
-    all.extend(checkpoint::verdict(&checkpoint::gather(node.config.criu.as_deref())));
-    during("runtimes");
-    all.extend(runtime::verdict(&runtime::gather(), cgroup.version == cgroup::Version::V1));
     during("containerd");
     let socket = options.containerd.as_ref().unwrap_or(&node.config.containerd);
-    all.extend(containerd::verdict(&containerd::gather(socket), lacks_resource));
+    let containerd = containerd::gather(socket);
+    all.extend(containerd::verdict(&containerd, lacks_resource));
+    // What the shim starts it finds on containerd's PATH, which may be another than this process'.
+    let shim_path = containerd.daemon_path.as_deref();
+    during("criu");
+    all.extend(checkpoint::verdict(&checkpoint::gather(node.config.criu.as_deref(), shim_path)));
+    during("runtimes");
+    all.extend(runtime::verdict(&runtime::gather(shim_path), cgroup.version == cgroup::Version::V1));
     during("node");
     all.extend(room::verdict(&room::gather(&node.config.images_dir)));
     all.push(cpu::verdict(&cpu::gather()));

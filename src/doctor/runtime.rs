@@ -23,9 +23,11 @@ pub struct Facts {
     pub crun: Option<Program>,
 }
 
-/// Looks both up on this process' PATH.
-pub fn gather() -> Facts {
-    Facts { runc: find("runc"), crun: find("crun") }
+/// Looks both up on `shim_path` (the shim's PATH), else on this process'.
+pub fn gather(shim_path: Option<&str>) -> Facts {
+    let own = std::env::var("PATH").unwrap_or_default();
+    let path = shim_path.unwrap_or(&own);
+    Facts { runc: find("runc", path), crun: find("crun", path) }
 }
 
 /// The first executable `name` in the directories of `path` (a PATH list).
@@ -38,8 +40,8 @@ fn executable(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-fn find(name: &str) -> Option<Program> {
-    let path = on_path(name, &std::env::var("PATH").unwrap_or_default())?;
+fn find(name: &str, path: &str) -> Option<Program> {
+    let path = on_path(name, path)?;
     let version = match Command::new(&path).arg("--version").output() {
         Ok(out) => String::from_utf8_lossy(&out.stdout).lines().next().unwrap_or_default().to_string(),
         Err(e) => format!("does not run: {e}"),
@@ -51,7 +53,11 @@ fn find(name: &str) -> Option<Program> {
 pub fn verdict(facts: &Facts, cgroup_v1: bool) -> Vec<Finding> {
     let mut out = Vec::new();
     out.push(match &facts.runc {
-        None => Finding::fail("runc", "not on PATH", "install runc 1.1.15 or newer (apt install runc)"),
+        None => Finding::fail(
+            "runc",
+            "not on containerd's PATH",
+            "install runc 1.1.15 or newer (apt install runc), or put it where containerd finds it",
+        ),
         Some(p) => {
             let found = format!("{} ({})", p.version, p.path.display());
             match version_in(&p.version) {
