@@ -1,5 +1,6 @@
-//! Two directories compared entry by entry, for tests and the doctor. It shares no code with capture and apply but the
-//! list of attributes that are not sent, so that it can find their mistakes: everything goes by path names.
+//! Two directories compared entry by entry, for tests and the doctor. It shares no code with capture and
+//! apply, not even the list of attributes that are not sent, so that it can find their mistakes: everything goes by path
+//! names.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CString, OsStr};
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::xattr::{OverlayXattrs, Verdict, judge};
+use super::xattr::OverlayXattrs;
 
 /// What counts as a difference.
 #[derive(Clone, Copy, Debug)]
@@ -149,7 +150,8 @@ impl Walk<'_> {
                 let n = (end - at).min(1 << 20) as usize;
                 a.read_exact_at(&mut buffers[0][..n], at)?;
                 b.read_exact_at(&mut buffers[1][..n], at)?;
-                if let Some(first) = (0..n).find(|i| buffers[0][*i] != buffers[1][*i]) {
+                if buffers[0][..n] != buffers[1][..n] {
+                    let first = (0..n).find(|i| buffers[0][*i] != buffers[1][*i]).unwrap_or(0);
                     self.push(path, format!("content differs from byte {}", at + first as u64));
                     return Ok(());
                 }
@@ -207,6 +209,15 @@ fn flags(path: &Path) -> Result<u32> {
     Ok(super::sys::flags(std::os::fd::AsFd::as_fd(&file))? & super::entry::FLAGS)
 }
 
+/// Attributes that hold handles and keyed hashes of inodes of one disk.
+fn is_local(name: &[u8], overlay: OverlayXattrs) -> bool {
+    match overlay {
+        OverlayXattrs::Trusted => name == b"trusted.overlay.origin" || name == b"trusted.overlay.upper",
+        OverlayXattrs::User => name == b"user.overlay.origin" || name == b"user.overlay.upper",
+        OverlayXattrs::None => false,
+    }
+}
+
 /// All attributes of a path itself that would be sent.
 fn xattrs(path: &Path, overlay: OverlayXattrs) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     let c_path = CString::new(path.as_os_str().as_bytes())?;
@@ -222,7 +233,7 @@ fn xattrs(path: &Path, overlay: OverlayXattrs) -> Result<BTreeMap<Vec<u8>, Vec<u
     }
     let mut found = BTreeMap::new();
     for name in list[..n as usize].split(|b| *b == 0).filter(|n| !n.is_empty()) {
-        if judge(name, overlay) == Verdict::Drop {
+        if is_local(name, overlay) {
             continue;
         }
         let c_name = CString::new(name)?;
