@@ -1,8 +1,8 @@
 //! Snapshots and their mounts.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use containerd_client::{
     services::v1::snapshots::{
         CommitSnapshotRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
@@ -93,34 +93,5 @@ impl Namespace {
             self.request(RemoveSnapshotRequest { snapshotter: snapshotter.into(), key: key.into() });
         let answer = self.snapshots().remove(request).await;
         gone(answer.asked(|| format!("removing snapshot {key} of {snapshotter}")))
-    }
-}
-
-/// The writable directory of a snapshot: overlayfs' upper directory.
-///
-/// # Errors
-/// The snapshotter does not mount one overlay with an upper directory.
-pub fn upper_dir(mounts: &[Mount]) -> Result<PathBuf> {
-    let [mount] = mounts else { bail!("the snapshot has {} mounts, and not one overlay", mounts.len()) };
-    let upper = mount.options.iter().find_map(|o| o.strip_prefix("upperdir="));
-    upper
-        .filter(|_| mount.r#type == "overlay")
-        .map(PathBuf::from)
-        .with_context(|| format!("the snapshot is a mount of type {}, and not an overlay", mount.r#type))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn upper_dirs() {
-        let options =
-            vec!["index=off".into(), "workdir=/w".into(), "upperdir=/u".into(), "lowerdir=/l".into()];
-        let overlay = Mount { r#type: "overlay".into(), options, ..Default::default() };
-        assert_eq!(upper_dir(std::slice::from_ref(&overlay)).unwrap(), PathBuf::from("/u"));
-        let bind = Mount { r#type: "bind".into(), ..overlay.clone() };
-        assert!(upper_dir(&[bind]).is_err());
-        assert!(upper_dir(&[]).is_err());
     }
 }

@@ -158,16 +158,19 @@ impl Namespace {
     /// It did not end within `limit`, or containerd failed.
     pub async fn task_remove(&self, id: &str, limit: Duration) -> Result<()> {
         let Some(task) = self.task(id).await? else { return Ok(()) };
-        if !matches!(task.status, Status::Stopped | Status::Created) {
-            self.task_kill(id).await?;
-            match tokio::time::timeout(limit, self.task_wait(id)).await {
+        // one that never ran may have no process to kill, and then deleting it is all
+        if task.status == Status::Created && self.task_delete(id).await.is_ok() {
+            return Ok(());
+        }
+        if task.status != Status::Stopped {
+            let ended = async {
+                self.task_kill(id).await?;
+                self.task_wait(id).await
+            };
+            match tokio::time::timeout(limit, ended).await {
                 Ok(result) => result?,
                 Err(_) => anyhow::bail!("the task of {id} did not end within {} s", limit.as_secs()),
             }
-        } else if task.status == Status::Created {
-            // containerd refuses to delete a task that was created unless it is killed; one that has no process says so
-            let _ = self.task_kill(id).await;
-            let _ = tokio::time::timeout(Duration::from_secs(2), self.task_wait(id)).await;
         }
         self.task_delete(id).await
     }
