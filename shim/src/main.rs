@@ -15,7 +15,7 @@
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
 //! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
-//! | `hooks` | where the migration hooks in |
+//! | `hooks`, `migration` | where the migration hooks in; sending and receiving containers |
 
 mod bootstrap;
 mod bundle;
@@ -32,6 +32,7 @@ mod group;
 mod hooks;
 mod io;
 mod lifecycle;
+mod migration;
 mod mounts;
 mod oom;
 mod options;
@@ -51,6 +52,10 @@ use std::{process::ExitCode, sync::Arc};
 use anyhow::{Result, bail};
 
 fn main() -> ExitCode {
+    // the same executable is CRIU's gate during a restore: that has to be quick
+    if let Some(code) = transship::criu::gate::main_if_invoked() {
+        return code;
+    }
     server::save_memory();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,6 +83,6 @@ fn run() -> Result<()> {
     match flags.action.as_str() {
         "start" => bootstrap::start(&flags),
         "delete" => bootstrap::delete(&flags),
-        _ => server::run(&flags, Arc::new(hooks::NoHooks)),
+        _ => server::run(&flags, Arc::new(migration::Migrations::default())),
     }
 }

@@ -1,11 +1,13 @@
 //! Opening a process' stdio on the container's behalf, with or without a terminal: the glue between `io` and the runc runs.
 
+use std::sync::Arc;
+
 use anyhow::{Context as _, Result};
 
 use crate::{
     console::ConsoleSocket,
     container::Container,
-    io::{ChildStdio, Context, ProcessIo, Spawned},
+    io::{ChildStdio, Context, ProcessIo, Spawned, StdioKinds},
     process::Process,
 };
 
@@ -26,6 +28,18 @@ impl Container {
 
     /// Opens the stdio of `process` and keeps it there.
     pub(crate) async fn open_stdio(&self, process: &Process) -> Result<Opened> {
+        let (io, opened) = self.open(process, None).await?;
+        process.set_io(io);
+        Ok(opened)
+    }
+
+    /// Opens stdio of these kinds for the container's first process, which arrives from another node: nothing is copied
+    /// before [`ProcessIo::resume`].
+    pub(crate) async fn open_stdio_like(&self, kinds: &StdioKinds) -> Result<(Arc<ProcessIo>, Opened)> {
+        self.open(&self.init, Some(kinds)).await
+    }
+
+    async fn open(&self, process: &Process, like: Option<&StdioKinds>) -> Result<(Arc<ProcessIo>, Opened)> {
         let reaper = self.shared.reaper.clone();
         let spawn = move |mut command: std::process::Command| {
             let (pid, watch) = reaper.spawn(&mut command)?;
@@ -37,17 +51,17 @@ impl Container {
             id: &process.id,
             owner: self.io_owner(),
             spawn: &spawn,
-            held: false,
+            held: like.is_some(),
         };
-        if process.stdio.terminal {
+        if like.map_or(process.stdio.terminal, StdioKinds::terminal) {
             let (io, console) = ProcessIo::open_console(&process.stdio, &self.bundle, &context).await?;
-            process.set_io(io);
-            Ok(Opened { child: ChildStdio::default(), console: Some(console) })
-        } else {
-            let (io, child) = ProcessIo::open(&process.stdio, &context).await?;
-            process.set_io(io);
-            Ok(Opened { child, console: None })
+            return Ok((io, Opened { child: ChildStdio::default(), console: Some(console) }));
         }
+        let (io, child) = match like {
+            Some(kinds) => ProcessIo::open_like(kinds, &process.stdio, &context).await?,
+            None => ProcessIo::open(&process.stdio, &context).await?,
+        };
+        Ok((io, Opened { child, console: None }))
     }
 
     /// After runc has returned: takes the pty that it has sent.

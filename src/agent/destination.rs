@@ -85,8 +85,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     }
     let ticket = Ticket::issue(peer, &namespace, &id, Instant::now())?;
     let cold = offer.cold;
-    let mut placement =
-        Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await?;
+    let mut placement = Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await?;
     let taken = if cold {
         take_cold(agent, link, &mut placement).await
     } else {
@@ -225,8 +224,7 @@ async fn take(
         net: offer.net.clone(),
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
-    let warnings =
-        follow(&namespace, &id, request, vec![connection.into()], Some(link)).await?;
+    let warnings = follow(&namespace, &id, request, vec![connection.into()], Some(link)).await?;
     // the shim has it running; this tells containerd
     let pid = placement.containerd().task_start(&id).await.map_err(|error| {
         log::error!("{namespace}/{id} runs, but containerd could not be told: {error:#}");

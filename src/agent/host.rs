@@ -79,7 +79,8 @@ fn cgroup_mode() -> &'static str {
 
 /// CRIU: as configured, else `$TRANSSHIP_CRIU`, else in PATH.
 pub fn find_criu(configured: Option<&Path>) -> Option<PathBuf> {
-    let named = configured.map(Path::to_path_buf).or_else(|| std::env::var_os("TRANSSHIP_CRIU").map(Into::into));
+    let named =
+        configured.map(Path::to_path_buf).or_else(|| std::env::var_os("TRANSSHIP_CRIU").map(Into::into));
     match named {
         Some(path) => path.exists().then_some(path),
         None => find_program("criu"),
@@ -164,13 +165,19 @@ mod tests {
     fn versions() {
         assert_eq!(first_version("Version: 4.2.1\n").as_deref(), Some("4.2.1"));
         assert_eq!(first_version("runc version 1.1.15+ds1\nspec: 1.0").as_deref(), Some("1.1.15+ds1"));
-        assert_eq!(first_version("containerd github.com/containerd/containerd v1.7.24 x").as_deref(), Some("1.7.24"));
+        assert_eq!(
+            first_version("containerd github.com/containerd/containerd v1.7.24 x").as_deref(),
+            Some("1.7.24")
+        );
         assert_eq!(first_version("nothing"), None);
     }
 
     #[test]
     fn memory() {
-        assert_eq!(movable_memory("Rss: 9 kB\nPss: 8 kB\nPss_Anon:  3 kB\nPss_File: 4 kB\nPss_Shmem: 1 kB\n"), 4096);
+        assert_eq!(
+            movable_memory("Rss: 9 kB\nPss: 8 kB\nPss_Anon:  3 kB\nPss_File: 4 kB\nPss_Shmem: 1 kB\n"),
+            4096
+        );
         assert_eq!(movable_memory("Pss:      8 kB\n"), 8192);
         assert_eq!(mem_available("MemTotal: 2 kB\nMemAvailable:   1 kB\n"), Some(1024));
         assert!(memory_of(&[std::process::id()]) > 0);

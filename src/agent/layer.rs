@@ -1,7 +1,6 @@
 //! The writable layer of a container that does not run, from agent to agent. (That of a running one goes from shim to
 //! shim.)
 
-
 use anyhow::{Context, Result, bail};
 use containerd_client::types::Mount;
 use tokio::sync::mpsc;
@@ -79,7 +78,8 @@ pub async fn receive(link: &mut Link, layer: WritableLayer) -> Result<Stats> {
             match frame {
                 Frame::Entry(bytes) => apply.entry(&Entry::decode(&bytes)?)?,
                 Frame::LayerData(bytes) => {
-                    let (offset, data) = bytes.split_first_chunk::<8>().context("layer data without offset")?;
+                    let (offset, data) =
+                        bytes.split_first_chunk::<8>().context("layer data without offset")?;
                     apply.data(u64::from_le_bytes(*offset), data)?;
                 }
                 _ => bail!("the peer mixed other frames into a layer"),
@@ -119,7 +119,6 @@ pub fn name(message: &Message) -> String {
     text[..end].to_string()
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::{fs, time::Duration};
@@ -127,7 +126,7 @@ mod tests {
     use super::*;
     use crate::rootfs::LayerKind;
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    #[tokio::test]
     async fn a_layer_crosses_a_link() {
         let (a, b) = tokio::io::duplex(1 << 16);
         let long = Duration::from_secs(10);
@@ -139,16 +138,13 @@ mod tests {
         fs::write(from.join("sub/large"), vec![5; 3 << 20]).unwrap();
         fs::write(from.join("small"), "x").unwrap();
         let kind = LayerKind::Overlay { userxattr: true };
-        let (source, target) = (
-            WritableLayer { dir: from, kind },
-            WritableLayer { dir: to.clone(), kind },
-        );
+        let (source, target) = (WritableLayer { dir: from, kind }, WritableLayer { dir: to.clone(), kind });
         let (sent, received) = tokio::join!(send(&a, source), receive(&mut b, target));
         assert_eq!(sent.unwrap().entries, received.unwrap().entries);
         assert_eq!(fs::read(to.join("sub/large")).unwrap(), vec![5; 3 << 20]);
     }
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    #[tokio::test]
     async fn a_layer_cut_short_is_an_error() {
         let (a, b) = tokio::io::duplex(1 << 16);
         let long = Duration::from_secs(10);

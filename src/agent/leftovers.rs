@@ -49,7 +49,8 @@ async fn arriving(namespace: &Namespace) -> Result<()> {
             continue;
         }
         log::info!("leftover: {}/{} never arrived; undoing it", namespace.name(), record.id);
-        let abort = control::client::call(namespace.name(), &record.id, control::Request::Abort, Vec::new()).await;
+        let abort =
+            control::client::call(namespace.name(), &record.id, control::Request::Abort, Vec::new()).await;
         if let Ok(mut answer) = abort {
             while let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(30), answer.recv()).await {}
         }

@@ -35,7 +35,7 @@ pub const VERSIONS: (u32, u32) = (1, 1);
 
 /// One message between two agents.
 #[derive(Serialize, Deserialize, Clone, Debug)]
-#[serde(tag = "message", rename_all = "snake_case")]
+#[serde(tag = "says", rename_all = "snake_case")]
 pub enum Message {
     /// The first of each side.
     Hello(Hello),

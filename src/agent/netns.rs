@@ -147,9 +147,14 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
     if made_here.as_deref() == Some(&path) || !path.exists() {
         return notes;
     }
-    let shared = others.iter().find(|o| spec::namespace(&o.spec, "network") == SpecNamespace::At(path.clone()));
+    let shared =
+        others.iter().find(|o| spec::namespace(&o.spec, "network") == SpecNamespace::At(path.clone()));
     if let Some(other) = shared {
-        notes.push(format!("the network namespace {} stays: container {} has it too", path.display(), other.id));
+        notes.push(format!(
+            "the network namespace {} stays: container {} has it too",
+            path.display(),
+            other.id
+        ));
         return notes;
     }
     if let Some(pid) = user_of(&path) {
@@ -157,7 +162,9 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
         return notes;
     }
     match net::destroy(&path) {
-        Ok(()) => notes.push(format!("the network namespace {} moved along and is gone here", path.display())),
+        Ok(()) => {
+            notes.push(format!("the network namespace {} moved along and is gone here", path.display()))
+        }
         Err(error) => notes.push(format!("the network namespace {} is left: {error:#}", path.display())),
     }
     notes
@@ -167,9 +174,9 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
 fn user_of(path: &Path) -> Option<u32> {
     let wanted = fs::metadata(path).ok().map(|m| m.ino())?;
     let entries = fs::read_dir("/proc").ok()?.flatten();
-    entries.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok()).find(|pid| {
-        fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == wanted)
-    })
+    entries
+        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
+        .find(|pid| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == wanted))
 }
 
 #[cfg(test)]

@@ -131,8 +131,9 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpStream> {
 /// An error about certificates as such; anything else as its text.
 fn untrusted(error: &anyhow::Error, to: &str) -> Result<ErrorReport, String> {
     match trust_in(error) {
-        Some(problem) => Ok(ErrorReport::new(ExitCode::Untrusted, format!("{to}: {problem}"))
-            .advice("make both nodes' certificates with the same CA (transship cert node), naming every address")),
+        Some(problem) => Ok(ErrorReport::new(ExitCode::Untrusted, format!("{to}: {problem}")).advice(
+            "make both nodes' certificates with the same CA (transship cert node), naming every address",
+        )),
         None => Err(format!("{error:#}")),
     }
 }

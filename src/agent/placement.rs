@@ -160,10 +160,8 @@ impl<'a> Placement<'a> {
         let snapshotter = self.offer.record.snapshotter.clone();
         self.leased.unpack(&snapshotter, &closure, |number, _| on_layer(number, count)).await?;
         let key = self.offer.record.snapshot_key.clone();
-        self.mounts = self
-            .leased
-            .snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default())
-            .await?;
+        self.mounts =
+            self.leased.snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default()).await?;
         self.steps.push(Step::Snapshot);
         Ok(())
     }
@@ -205,7 +203,11 @@ impl<'a> Placement<'a> {
         let id = self.id().to_string();
         self.leased.task_create(&id, self.mounts.clone(), stdio).await?;
         let inspected = crate::control::client::inspect(&self.offer.namespace, &id).await?;
-        ensure!(inspected.status == "incoming", "the new shim of {id} does not wait for a container, it is {}", inspected.status);
+        ensure!(
+            inspected.status == "incoming",
+            "the new shim of {id} does not wait for a container, it is {}",
+            inspected.status
+        );
         // the shim has taken note of it
         netns::gone(fs::remove_file(&marker)).with_context(|| format!("removing {}", marker.display()))?;
         self.steps.retain(|s| *s != Step::Marker);
@@ -233,10 +235,7 @@ impl<'a> Placement<'a> {
         let output = match self.config.stdio {
             StdioPolicy::Fifo => None,
             StdioPolicy::Log => {
-                ensure!(
-                    plain(&namespace) && plain(&id),
-                    "{namespace}/{id} cannot be the name of a log file"
-                );
+                ensure!(plain(&namespace) && plain(&id), "{namespace}/{id} cannot be the name of a log file");
                 let dir = self.config.log_dir.join(&namespace);
                 private_dir(&dir)?;
                 Some(format!("file://{}", dir.join(format!("{id}.log")).display()))
@@ -280,7 +279,11 @@ impl<'a> Placement<'a> {
             self.migration,
             self.offer.namespace,
             self.offer.record.id,
-            if left.is_empty() { "undone, nothing is left".into() } else { format!("left behind: {}", left.join("; ")) }
+            if left.is_empty() {
+                "undone, nothing is left".into()
+            } else {
+                format!("left behind: {}", left.join("; "))
+            }
         );
         left
     }
@@ -300,7 +303,8 @@ impl<'a> Placement<'a> {
             }
             Step::Marker => {
                 let marker = incoming_marker(&self.offer.namespace, &record.id);
-                netns::gone(fs::remove_file(&marker)).with_context(|| format!("removing {}", marker.display()))
+                netns::gone(fs::remove_file(&marker))
+                    .with_context(|| format!("removing {}", marker.display()))
             }
         }
     }
@@ -367,9 +371,7 @@ pub async fn situation(config: &Config, containerd: &Namespace, offer: &Offer) -
 /// Names of namespaces and containers as containerd allows them: they become names of files.
 pub fn plain(name: &str) -> bool {
     let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
-    (1..=200).contains(&name.len())
-        && name.bytes().all(fine)
-        && name.as_bytes()[0].is_ascii_alphanumeric()
+    (1..=200).contains(&name.len()) && name.bytes().all(fine) && name.as_bytes()[0].is_ascii_alphanumeric()
 }
 
 fn private_dir(dir: &Path) -> Result<()> {
@@ -382,7 +384,8 @@ fn write_marker(path: &Path, migration: &str, netns: Option<&Path>) -> Result<()
     private_dir(dir)?;
     let text = serde_json::json!({ "migration_id": migration, "netns": netns }).to_string();
     let write = || -> std::io::Result<()> {
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         std::io::Write::write_all(&mut file, text.as_bytes())
     };
     write().with_context(|| format!("writing {}", path.display()))

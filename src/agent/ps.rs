@@ -66,19 +66,20 @@ fn entry(
     let (state, detail) = match (migration, task) {
         (Some(MigrationState::Undecided { peer, .. }), _) => (
             "undecided".to_string(),
-            format!("frozen: its move to {peer} was committed without an answer; if it runs there `transship resolve --moved`, else `--run-here`"),
+            format!(
+                "frozen: its move to {peer} was committed without an answer; if it runs there `transship resolve --moved`, else `--run-here`"
+            ),
         ),
         (Some(MigrationState::Sending { .. }), _) => ("migrating-out".into(), busy.unwrap_or_default()),
         (Some(MigrationState::Receiving { .. }), _) => ("migrating-in".into(), busy.unwrap_or_default()),
-        (Some(MigrationState::Moved { .. }), _) => ("moved".into(), "runs on another node; what is left here is being removed".into()),
-        (_, None) => ("none".into(), busy.unwrap_or_default()),
-        (None, Some(task)) if task.pid != 0 => {
-            (task.status.name().into(), "its shim does not answer".into())
+        (Some(MigrationState::Moved { .. }), _) => {
+            ("moved".into(), "runs on another node; what is left here is being removed".into())
         }
-        (_, Some(task)) => (
-            shim.map_or(task.status.name(), |s| s.status.as_str()).to_string(),
-            busy.unwrap_or_default(),
-        ),
+        (_, None) => ("none".into(), busy.unwrap_or_default()),
+        (None, Some(task)) if task.pid != 0 => (task.status.name().into(), "its shim does not answer".into()),
+        (_, Some(task)) => {
+            (shim.map_or(task.status.name(), |s| s.status.as_str()).to_string(), busy.unwrap_or_default())
+        }
     };
     PsEntry {
         namespace: namespace.into(),
@@ -118,7 +119,8 @@ mod tests {
 
     #[test]
     fn states() {
-        let record = Record { id: "c".into(), runtime: "io.containerd.transship.v2".into(), ..Record::default() };
+        let record =
+            Record { id: "c".into(), runtime: "io.containerd.transship.v2".into(), ..Record::default() };
         let task = Task {
             id: "c".into(),
             pid: 5,
@@ -126,7 +128,8 @@ mod tests {
             terminal: false,
             stdio: Default::default(),
         };
-        let state = |task: Option<&Task>, shim: Option<&Inspected>| entry("default", &record, task, shim, None).state;
+        let state =
+            |task: Option<&Task>, shim: Option<&Inspected>| entry("default", &record, task, shim, None).state;
         assert_eq!(state(None, None), "none");
         assert_eq!(state(Some(&task), None), "running");
         let mut shim = Inspected { status: "running".into(), ..Inspected::default() };

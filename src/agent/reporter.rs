@@ -47,10 +47,8 @@ impl Reporter {
     /// Sends progress, unless some was sent just now.
     pub fn progress(&mut self, what: &str, done: u64, total: Option<u64>) {
         let now = Instant::now();
-        let recent = self
-            .progressed
-            .as_ref()
-            .is_some_and(|(last, at)| last == what && now - *at < PROGRESS_EVERY);
+        let recent =
+            self.progressed.as_ref().is_some_and(|(last, at)| last == what && now - *at < PROGRESS_EVERY);
         if !recent || total == Some(done) {
             self.progressed = Some((what.into(), now));
             self.say(Event::Progress { what: what.into(), done, total });

@@ -40,8 +40,11 @@ type Outcome<T> = Result<T, ErrorReport>;
 pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Reporter) {
     let (namespace, id) = (request.namespace.clone(), request.container.clone());
     let result = match agent.busy.enter(&namespace, &id, &format!("leaving for {}", request.to)) {
-        None => Err(ErrorReport::new(ExitCode::Busy, format!("{id} is busy with another migration or checkpoint"))
-            .advice("see `transship ps`")),
+        None => Err(ErrorReport::new(
+            ExitCode::Busy,
+            format!("{id} is busy with another migration or checkpoint"),
+        )
+        .advice("see `transship ps`")),
         Some(_busy) => attempt(agent, &request, reporter).await,
     };
     match result {
@@ -75,8 +78,14 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     reporter.phase("preflight");
     let mut subject = examine(agent, request).await?;
     let unchanged = match subject.offer.cold {
-        true => format!("{} is on {} as before; nothing was left on the other node", request.container, agent.node),
-        false => format!("{} runs on {} as before; nothing was left on the other node", request.container, agent.node),
+        true => format!(
+            "{} is on {} as before; nothing was left on the other node",
+            request.container, agent.node
+        ),
+        false => format!(
+            "{} runs on {} as before; nothing was left on the other node",
+            request.container, agent.node
+        ),
     };
     let as_before = |mut error: ErrorReport| {
         if error.state.is_empty() {
@@ -165,7 +174,10 @@ async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject> {
         (false, false) => {
             return fail(
                 ExitCode::NotRunning,
-                format!("{id} does not run (it {})", if state == "has no task" { state.into() } else { format!("is {state}") }),
+                format!(
+                    "{id} does not run (it {})",
+                    if state == "has no task" { state.into() } else { format!("is {state}") }
+                ),
                 "--cold moves its image, record and writable layer all the same",
             );
         }
@@ -176,18 +188,24 @@ async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject> {
     }
     preflight::check_movable(&record.spec).or_else(|refusal| {
         // without memory there are no PIDs and addresses to keep
-        if request.cold { Ok(()) } else { fail(ExitCode::Refused, refusal.message, &refusal.advice) }
+        if request.cold {
+            return Ok(());
+        }
+        Err(ErrorReport::new(ExitCode::Refused, refusal.message).advice(refusal.advice))
     })?;
     if record.snapshot_key.is_empty() || record.image.is_empty() {
         return fail(
             ExitCode::Refused,
-            format!("{id} was not made of an image (it has no snapshot), so the other node cannot make it anew"),
+            format!(
+                "{id} was not made of an image (it has no snapshot), so the other node cannot make it anew"
+            ),
             "",
         );
     }
     let (image, closure, layer) = image_of(&containerd, &record).await.map_err(|error| {
-        ErrorReport::new(ExitCode::Refused, format!("{error:#}"))
-            .advice("the image must be complete in this node's content store, as it was when the container was made")
+        ErrorReport::new(ExitCode::Refused, format!("{error:#}")).advice(
+            "the image must be complete in this node's content store, as it was when the container was made",
+        )
     })?;
     let inspected = match &task {
         Some(task) if running => Some(inspect(agent, request, &record, task).await?),
@@ -215,7 +233,8 @@ async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject> {
 pub async fn image_of(containerd: &Namespace, record: &Record) -> Result<(ImageRecord, Closure, u64)> {
     let (snapshotter, key) = (&record.snapshotter, &record.snapshot_key);
     let snapshot = containerd.snapshot(snapshotter, key).await?;
-    let snapshot = snapshot.with_context(|| format!("the container's snapshot {key} of {snapshotter} is gone"))?;
+    let snapshot =
+        snapshot.with_context(|| format!("the container's snapshot {key} of {snapshotter} is gone"))?;
     let image = containerd.image(&record.image).await?;
     let image = image.with_context(|| format!("image {} is gone from this node", record.image))?;
     let closure = containerd.image_closure(&image.target, Some(&snapshot.parent)).await;
@@ -226,7 +245,12 @@ pub async fn image_of(containerd: &Namespace, record: &Record) -> Result<(ImageR
 }
 
 /// Asks the container's shim, and refuses what it knows to be unmovable.
-async fn inspect(agent: &Agent, request: &MigrateRequest, record: &Record, task: &Task) -> Outcome<Inspected> {
+async fn inspect(
+    agent: &Agent,
+    request: &MigrateRequest,
+    record: &Record,
+    task: &Task,
+) -> Outcome<Inspected> {
     let id = &request.container;
     let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
         ErrorReport::new(
@@ -313,8 +337,9 @@ async fn prepare(
             Message::Warning { message } => reporter.say(Event::Warning { message }),
             Message::Ready(ready) => return Ok(ready),
             Message::Refused(refusal) => {
-                let mut error = ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
-                    .advice(refusal.advice);
+                let mut error =
+                    ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
+                        .advice(refusal.advice);
                 error.node = peer.into();
                 return Err(error);
             }
@@ -340,9 +365,9 @@ fn failed_there(failure: Failure, left: &[String], peer: &str) -> ErrorReport {
 
 fn code_of(failure: &Failure) -> ExitCode {
     match failure.phase.as_str() {
-        "dump" | "freeze" | "files" | "pages" => ExitCode::DumpFailed,
-        "restore" | "gate" | "restored" => ExitCode::RestoreFailed,
-        "connect" | "hello" => ExitCode::Unreachable,
+        phase if phase.contains("restore") => ExitCode::RestoreFailed,
+        "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
+        "connect" => ExitCode::Unreachable,
         _ => ExitCode::Failed,
     }
 }
@@ -399,7 +424,8 @@ async fn send(
             limits: agent.config.limits(request.silence_seconds, request.ghost_limit),
         };
         let id = &subject.record.id;
-        control::client::call(&request.namespace, id, control::Request::Send(send), vec![connection.into()]).await
+        control::client::call(&request.namespace, id, control::Request::Send(send), vec![connection.into()])
+            .await
     };
     let mut events = match start.await {
         Ok(events) => events,
@@ -432,8 +458,13 @@ async fn send(
             Some(control::Event::Undecided { message }) => {
                 // the operator hears of it now; the shim goes on asking, and this goes on with it
                 let mut error = ErrorReport::new(ExitCode::Undecided, message);
-                error.state = format!("{} is frozen on {} until it is known whether it runs on {peer}", subject.record.id, agent.node);
-                error.advice = "wait for the connection to come back, or find out yourself and `transship resolve`".into();
+                error.state = format!(
+                    "{} is frozen on {} until it is known whether it runs on {peer}",
+                    subject.record.id, agent.node
+                );
+                error.advice =
+                    "wait for the connection to come back, or find out yourself and `transship resolve`"
+                        .into();
                 reporter.end(Err(error));
             }
             Some(control::Event::Done { report: measured }) => {
@@ -549,7 +580,8 @@ async fn send_cold(
             Ok(failure) => Err(failed_there(failure, &[], peer)),
             Err(error) => {
                 let mut report = lost(peer, &error);
-                report.state = format!("{} is here as before; look on {peer} whether it is there too", record.id);
+                report.state =
+                    format!("{} is here as before; look on {peer} whether it is there too", record.id);
                 Err(report)
             }
         },

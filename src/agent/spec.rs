@@ -64,7 +64,9 @@ pub fn safe_netns(path: &Path) -> Option<PathBuf> {
     let name = path.strip_prefix("/run/netns").or_else(|_| path.strip_prefix("/var/run/netns")).ok()?;
     let mut parts = name.components();
     match (parts.next(), parts.next()) {
-        (Some(Component::Normal(only)), None) if only.len() <= 200 => Some(Path::new("/run/netns").join(only)),
+        (Some(Component::Normal(only)), None) if only.len() <= 200 => {
+            Some(Path::new("/run/netns").join(only))
+        }
         _ => None,
     }
 }
@@ -104,7 +106,8 @@ mod tests {
     #[test]
     fn paths_of_network_namespaces() {
         assert_eq!(safe_netns(Path::new("/var/run/netns/cni-1")), Some("/run/netns/cni-1".into()));
-        for bad in ["/run/netns", "/run/netns/a/b", "/run/netns/../x", "/proc/1/ns/net", "/run/netns/..", "x"] {
+        for bad in ["/run/netns", "/run/netns/a/b", "/run/netns/../x", "/proc/1/ns/net", "/run/netns/..", "x"]
+        {
             assert_eq!(safe_netns(Path::new(bad)), None, "{bad}");
         }
     }

@@ -100,8 +100,15 @@ pub struct Limits {
     /// CRIU, if not the one in PATH.
     #[serde(default)]
     pub criu: Option<PathBuf>,
+    /// Bytes of memory pages that a destination takes; more is refused while it arrives.
+    #[serde(default = "no_cap")]
+    pub memory_cap: u64,
     /// Where images live; on a tmpfs. Each migration has a directory of its own in it.
     pub images_dir: PathBuf,
+}
+
+fn no_cap() -> u64 {
+    u64::MAX
 }
 
 /// See [`Request::Send`].

@@ -26,6 +26,8 @@ use super::rpc::{CriuOpts, CriuReq, PageServerInfo, ReqType};
 use super::swrk::{Spawn, Swrk};
 use super::version::Criu;
 
+/// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
+const IDLE_MS: u16 = 1000;
 /// Name of the log in the work directory.
 pub const LOG_FILE: &str = "dump.log";
 
@@ -117,6 +119,7 @@ impl Criu {
                 continue;
             }
             if !rpc_ready {
+                pages.idle(&mut timed_sink);
                 continue;
             }
             let message = match worker.receive() {
@@ -170,7 +173,7 @@ fn wait(worker: &Swrk, pages: &PageServer) -> Result<(bool, bool)> {
     if !pages.ended() {
         fds.push(PollFd::new(pages.as_fd(), PollFlags::POLLIN));
     }
-    match poll(&mut fds, PollTimeout::NONE) {
+    match poll(&mut fds, PollTimeout::from(IDLE_MS)) {
         Err(Errno::EINTR) => return Ok((false, false)),
         other => other.context("waiting for CRIU")?,
     };

@@ -88,6 +88,14 @@ impl GateServer {
         self.accept(At::Restore, wait)
     }
 
+    /// Whether the restore has reached this gate after at most `time`; any number of calls may be needed.
+    pub fn reached(&mut self, at: At, time: Duration) -> Result<bool> {
+        if self.held.is_some() {
+            return Ok(true);
+        }
+        self.accept_until(at, &Wait::at_most(time))
+    }
+
     /// Lets CRIU restore.
     pub fn open_restore(&mut self) -> Result<()> {
         self.reply(true, None)
@@ -101,6 +109,12 @@ impl GateServer {
     /// Waits until the tasks are complete. They have not run.
     pub fn wait_restored(&mut self, wait: &Wait<'_>) -> Result<()> {
         self.accept(At::PostRestore, wait)
+    }
+
+    /// The pid of the gate that is held now: CRIU itself, or the script that it runs.
+    pub fn held_by(&self) -> Option<i32> {
+        use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+        Some(getsockopt(self.held.as_ref()?, PeerCredentials).ok()?.pid())
     }
 
     /// Lets the tasks run.
@@ -138,6 +152,12 @@ impl GateServer {
     }
 
     fn accept(&mut self, at: At, wait: &Wait<'_>) -> Result<()> {
+        ensure!(self.accept_until(at, wait)?, "the restore did not reach {at:?} in time");
+        Ok(())
+    }
+
+    /// False when the time is over.
+    fn accept_until(&mut self, at: At, wait: &Wait<'_>) -> Result<bool> {
         ensure!(self.held.is_none(), "the restore is still held at the gate before");
         loop {
             let stream = match self.listener.accept() {
@@ -148,7 +168,9 @@ impl GateServer {
                         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
                     ) =>
                 {
-                    self.sleep(at, wait)?;
+                    if !self.sleep(at, wait)? {
+                        return Ok(false);
+                    }
                     continue;
                 }
                 Err(e) => return Err(e).context("waiting at the gates"),
@@ -163,14 +185,14 @@ impl GateServer {
                 serde_json::from_str(&line).with_context(|| format!("a gate says {line:?}"))?;
             ensure!(hello.at == at, "the restore is at {:?} when {at:?} was expected", hello.at);
             self.held = Some(stream);
-            return Ok(());
+            return Ok(true);
         }
     }
 
-    fn sleep(&self, at: At, wait: &Wait<'_>) -> Result<()> {
+    fn sleep(&self, at: At, wait: &Wait<'_>) -> Result<bool> {
         let left = wait.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("the restore did not reach {at:?} in time");
+            return Ok(false);
         }
         let mut fds = vec![PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         fds.extend(wait.or_end_of.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
@@ -183,7 +205,7 @@ impl GateServer {
         if ready(1) && !ready(0) {
             bail!("runc ended before its restore reached {at:?}");
         }
-        Ok(())
+        Ok(true)
     }
 }
 

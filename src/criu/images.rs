@@ -123,6 +123,7 @@ impl PageStore {
                 let size = self.page_size;
                 self.current()?.run(vaddr, pages, flags, size)
             }
+            PageEvent::Idle => Ok(()),
             PageEvent::Close => self.open.take().context("a memory image ends that was not begun")?.close(),
         }
     }

@@ -74,6 +74,8 @@ pub enum PageEvent<'a> {
     },
     /// The image that was open is complete.
     Close,
+    /// Nothing came for a while (see [`super::dump`]): time for a sign of life to whoever waits.
+    Idle,
 }
 
 /// Where the events go.
@@ -360,6 +362,15 @@ impl PageServer {
             if let Some(e) = failure {
                 self.fail(e);
             }
+        }
+    }
+
+    /// Nothing came for a while: tells the sink, unless it has failed already.
+    pub fn idle(&mut self, sink: &mut PageSink<'_>) {
+        if self.failed.is_none()
+            && let Err(e) = sink(PageEvent::Idle)
+        {
+            self.fail(e);
         }
     }
 

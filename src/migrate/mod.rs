@@ -25,12 +25,18 @@
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
 //! | [`destination`] | receive, restore behind the gates, run, or undo |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
+//! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`] | phases, durations, bytes |
 //!
 //! What does not live here: containerd (the agent's room), runc and stdio (the shim's; both are reached through
 //! the two traits [`source::SourceTask`] and [`destination::DestinationTask`]).
 
+pub mod abort;
+pub mod archive;
 pub mod codec;
+pub mod destination;
 pub mod protocol;
 pub mod report;
+pub mod source;
+pub mod stream;
 pub mod wire;
