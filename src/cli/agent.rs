@@ -58,7 +58,9 @@ mod tests {
         let config = Config::parse(&uncommented).unwrap();
         assert_eq!((config.node.as_str(), config.criu.is_some()), ("node-a", true));
         // The debug form lists the fields: each has to be in the file.
-        for field in format!("{:?}", Config::default()).split([' ', '{', ',']).filter_map(|w| w.strip_suffix(':')) {
+        for field in
+            format!("{:?}", Config::default()).split([' ', '{', ',']).filter_map(|w| w.strip_suffix(':'))
+        {
             assert!(text.contains(&format!("{field} =")), "examples/agent.toml lacks {field}");
         }
     }

@@ -109,6 +109,9 @@ This node is unfit: 1 ok, 1 to know, 1 in the way.
 
     #[test]
     fn a_healthy_node_needs_no_advice() {
-        assert!(show(&[Finding::ok("x", "y")]).ends_with("x      ok  y\n\nThis node is fit: 1 ok, 0 to know, 0 in the way.\n"));
+        assert!(
+            show(&[Finding::ok("x", "y")])
+                .ends_with("x      ok  y\n\nThis node is fit: 1 ok, 0 to know, 0 in the way.\n")
+        );
     }
 }

@@ -23,6 +23,7 @@ pub struct Migrate {
     /// The destination's agent; port 7420 unless given, IPv6 addresses in brackets
     #[arg(long, value_name = "HOST[:PORT]")]
     pub to: Peer,
+    /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
     /// Move it also when it does not run: record, image and writable layer
@@ -175,7 +176,8 @@ mod tests {
 
     #[test]
     fn the_table_on_fixed_input() {
-        let began = [("preflight".to_string(), 0), ("prepare".to_string(), 12), ("transfer".to_string(), 312)];
+        let began =
+            [("preflight".to_string(), 0), ("prepare".to_string(), 12), ("transfer".to_string(), 312)];
         assert_eq!(
             summary(&report(), &began, &["the clock jumped".into()]),
             "\
@@ -211,7 +213,10 @@ redis runs on node-b now (from node-a, 812.0 ms)
     fn a_report_of_an_unknown_shape_is_no_obstacle() {
         let report = Report { shim: Some(json!("?")), phases: vec![], cold: true, ..report() };
         let text = summary(&report, &[], &[]);
-        assert!(text.starts_with("sent ") && text.contains("cold") && text.contains("lies on node-b"), "{text}");
+        assert!(
+            text.starts_with("sent ") && text.contains("cold") && text.contains("lies on node-b"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -181,7 +181,8 @@ fn reject(error: &clap::Error, json: bool) -> ExitCode {
         }
         _ if json => {
             let text = error.render().to_string();
-            let report = ErrorReport::new(ExitCode::Usage, first_paragraph(&text)).advice("see transship --help");
+            let report =
+                ErrorReport::new(ExitCode::Usage, first_paragraph(&text)).advice("see transship --help");
             Output { json, command: "" }.end(Err(report))
         }
         _ => {

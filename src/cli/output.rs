@@ -30,7 +30,8 @@ pub struct Answer {
 impl Answer {
     /// A success. `fields` must serialize to a JSON object.
     pub fn new(fields: impl Serialize, text: impl Into<String>) -> Self {
-        let fields = serde_json::to_value(fields).unwrap_or_else(|e| json!({ "unserializable": e.to_string() }));
+        let fields =
+            serde_json::to_value(fields).unwrap_or_else(|e| json!({ "unserializable": e.to_string() }));
         Self { code: ExitCode::Ok, fields, text: text.into() }
     }
 

@@ -95,8 +95,19 @@ mod tests {
     #[test]
     fn what_is_no_peer() {
         for text in [
-            "", ":7420", "node-b:", "node-b:0", "node-b:65536", "node-b:+1", "node-b:x", "a:b:c", "[::1", "[::1]x",
-            "[node]:1", "no de", "https://x",
+            "",
+            ":7420",
+            "node-b:",
+            "node-b:0",
+            "node-b:65536",
+            "node-b:+1",
+            "node-b:x",
+            "a:b:c",
+            "[::1",
+            "[::1]x",
+            "[node]:1",
+            "no de",
+            "https://x",
         ] {
             assert!(text.parse::<Peer>().is_err(), "{text:?}");
         }

@@ -110,7 +110,9 @@ impl Progress {
             Display::Bar { bar, .. } => {
                 match total {
                     Some(total) => {
-                        bar.set_style(style("{spinner} {msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}"));
+                        bar.set_style(style(
+                            "{spinner} {msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}",
+                        ));
                         bar.set_length(total);
                     }
                     None => bar.set_style(style("{spinner} {msg} {bytes} {bytes_per_sec}")),

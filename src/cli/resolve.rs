@@ -23,6 +23,7 @@ pub struct Resolve {
     /// It runs on the other node: delete it here
     #[arg(long)]
     pub moved: bool,
+    /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
     /// Do not ask (needed when this is not a terminal)
@@ -34,7 +35,9 @@ impl Resolve {
     /// Runs it.
     pub fn run(&self, common: &Common) -> Result<Answer, ErrorReport> {
         let (decision, consequence) = match self.run_here {
-            true => (Decision::RunHere, "runs on here; if it runs on the other node too, there are two of it"),
+            true => {
+                (Decision::RunHere, "runs on here; if it runs on the other node too, there are two of it")
+            }
             false => (Decision::Moved, "is deleted here; if it does not run on the other node, it is lost"),
         };
         if !self.yes {

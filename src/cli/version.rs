@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_said() {
-        let text = words(&VersionReport { agent: "0.1.0".into(), protocol: (1, 2), ..VersionReport::default() });
+        let text =
+            words(&VersionReport { agent: "0.1.0".into(), protocol: (1, 2), ..VersionReport::default() });
         assert!(text.contains("protocol   1 to 2") && text.contains("criu       not found"), "{text}");
     }
 }

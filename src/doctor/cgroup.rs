@@ -79,16 +79,19 @@ fn try_freezer(version: Version, root: &Path) -> Result<(), String> {
 pub fn verdict(facts: &Facts) -> Vec<Finding> {
     let version = match facts.version {
         Version::V2 => Finding::ok("cgroup", "version 2"),
-        Version::V1 => {
-            Finding::ok("cgroup", "version 1 (a node's peers must have the same version; crun wants version 2)")
-        }
+        Version::V1 => Finding::ok(
+            "cgroup",
+            "version 1 (a node's peers must have the same version; crun wants version 2)",
+        ),
         Version::None => Finding::fail("cgroup", "nothing is mounted", "mount cgroup2 on /sys/fs/cgroup"),
     };
     let freezer = match &facts.freezer {
         Some(Ok(())) => Finding::ok("freezer", "freezes and thaws"),
-        Some(Err(e)) => {
-            Finding::fail("freezer", e.clone(), "the container cannot be stopped as one: cgroups must be writable")
-        }
+        Some(Err(e)) => Finding::fail(
+            "freezer",
+            e.clone(),
+            "the container cannot be stopped as one: cgroups must be writable",
+        ),
         None => Finding::fail(
             "freezer",
             "no freezer hierarchy",

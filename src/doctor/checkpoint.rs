@@ -47,7 +47,8 @@ pub fn gather(explicit: Option<&Path>, shim_path: Option<&str>) -> Facts {
         Ok(Err(finding)) => Trial::Failed(finding.to_string()),
         Err(e) => Trial::NotMade(format!("{e:#}")),
     };
-    let shim_finds = explicit.is_some() || shim_path.is_none_or(|p| super::runtime::on_path("criu", p).is_some());
+    let shim_finds =
+        explicit.is_some() || shim_path.is_none_or(|p| super::runtime::on_path("criu", p).is_some());
     Facts::Found { path: criu.path.clone(), version: criu.version.to_string(), trial, shim_finds }
 }
 

@@ -137,10 +137,8 @@ fn parse_config(text: &str) -> Result<Cri, String> {
         .and_then(toml::Value::as_table)
         .map(|t| t.iter().filter(|(_, h)| ours(h)).map(|(name, _)| name.clone()).collect())
         .unwrap_or_default();
-    let restrict_oom = cri
-        .and_then(|c| c.get("restrict_oom_score_adj"))
-        .and_then(toml::Value::as_bool)
-        .unwrap_or_default();
+    let restrict_oom =
+        cri.and_then(|c| c.get("restrict_oom_score_adj")).and_then(toml::Value::as_bool).unwrap_or_default();
     Ok(Cri { handlers, restrict_oom, disabled, section })
 }
 
@@ -213,7 +211,10 @@ fn judge_cri(cri: &Cri, lacks_resource: bool) -> Vec<Finding> {
         out.push(Finding::warn(
             "oom scores",
             "restrict_oom_score_adj is false and CAP_SYS_RESOURCE is missing",
-            format!("CRI pods fail to start: set restrict_oom_score_adj = true in [plugins.'{}']", cri.section),
+            format!(
+                "CRI pods fail to start: set restrict_oom_score_adj = true in [plugins.'{}']",
+                cri.section
+            ),
         ));
     }
     out
@@ -301,7 +302,10 @@ runtime_path = "/usr/local/bin/containerd-shim-transship-v2"
     fn the_daemons_configuration_is_found_on_its_command_line() {
         let line = |text: &str| text.split(' ').map(str::to_string).collect::<Vec<_>>();
         assert_eq!(config_argument(&line("containerd -c /x.toml")).as_deref(), Some("/x.toml"));
-        assert_eq!(config_argument(&line("containerd --config=/y.toml -l debug")).as_deref(), Some("/y.toml"));
+        assert_eq!(
+            config_argument(&line("containerd --config=/y.toml -l debug")).as_deref(),
+            Some("/y.toml")
+        );
         assert_eq!(config_argument(&line("containerd")), None);
     }
 }

@@ -46,7 +46,10 @@ pub fn verdict(facts: &Facts) -> Finding {
         );
     }
     let telling: Vec<_> = TELLING.iter().copied().filter(|t| facts.features.iter().any(|f| f == t)).collect();
-    Finding::ok("cpu", format!("{}, {} features: {} ..", facts.model, facts.features.len(), telling.join(" ")))
+    Finding::ok(
+        "cpu",
+        format!("{}, {} features: {} ..", facts.model, facts.features.len(), telling.join(" ")),
+    )
 }
 
 #[cfg(test)]

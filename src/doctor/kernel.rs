@@ -171,14 +171,16 @@ fn try_process_vm_readv() -> Result<(), String> {
     let local = libc::iovec { iov_base: (&raw mut to).cast(), iov_len: 1 };
     let remote = libc::iovec { iov_base: (&raw const from).cast_mut().cast(), iov_len: 1 };
     // SAFETY: both vectors name one valid byte of this process.
-    let n = check(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) } as libc::c_long)?;
+    let n =
+        check(unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) } as libc::c_long)?;
     if n == 1 && to == from { Ok(()) } else { Err(format!("read {n} bytes")) }
 }
 
 fn try_tcp_repair() -> Result<(), String> {
     // SAFETY: no pointers are passed.
-    let fd =
-        check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) } as libc::c_long)?;
+    let fd = check(
+        unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) } as libc::c_long
+    )?;
     // SAFETY: a fresh descriptor that nobody else owns.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     let on: libc::c_int = 1;

@@ -154,7 +154,11 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
 fn judge_certificates(c: &Certificates) -> Finding {
     let found = format!("{} in {}, {} days left", c.name, c.dir.display(), c.days_left);
     if c.days_left < 0 {
-        Finding::fail("certificates", found, "expired: transship cert node --force (or cert ca --force and all nodes)")
+        Finding::fail(
+            "certificates",
+            found,
+            "expired: transship cert node --force (or cert ca --force and all nodes)",
+        )
     } else if c.days_early > 0 {
         Finding::fail(
             "certificates",

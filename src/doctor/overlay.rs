@@ -56,15 +56,10 @@ fn on(dir: &Path) -> Result<()> {
         part("upper").display(),
         part("work").display()
     );
-    mount(
-        Some("overlay"),
-        &part("merged"),
-        Some("overlay"),
-        MsFlags::empty(),
-        Some(options.as_str()),
-    )
-    .context("mounting overlay")?;
-    let removed = std::fs::remove_file(part("merged").join("gone")).context("deleting a file of the lower layer");
+    mount(Some("overlay"), &part("merged"), Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .context("mounting overlay")?;
+    let removed =
+        std::fs::remove_file(part("merged").join("gone")).context("deleting a file of the lower layer");
     let whiteout = std::fs::symlink_metadata(part("upper").join("gone"));
     let _ = nix::mount::umount2(&part("merged"), nix::mount::MntFlags::MNT_DETACH);
     removed?;

@@ -62,7 +62,9 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
             format!("{}: {} MiB free", facts.dir.display(), mib(facts.free)),
             "a container's memory has to fit there while it arrives: mount -o remount,size=.. the tmpfs",
         ),
-        None => Finding::ok("images", format!("{} on tmpfs, {} MiB free", facts.dir.display(), mib(facts.free))),
+        None => {
+            Finding::ok("images", format!("{} on tmpfs, {} MiB free", facts.dir.display(), mib(facts.free)))
+        }
     };
     let memory = if facts.available < LITTLE {
         Finding::warn(
@@ -87,7 +89,10 @@ mod tests {
         let levels = |f: &Facts| verdict(f).iter().map(|f| f.level).collect::<Vec<_>>();
         assert_eq!(levels(&good), [Level::Ok, Level::Ok]);
         assert_eq!(levels(&Facts { in_memory: false, ..good.clone() })[0], Level::Fail);
-        assert_eq!(levels(&Facts { free: 1 << 20, available: 0, ..good.clone() }), [Level::Warn, Level::Warn]);
+        assert_eq!(
+            levels(&Facts { free: 1 << 20, available: 0, ..good.clone() }),
+            [Level::Warn, Level::Warn]
+        );
         assert_eq!(levels(&Facts { error: Some("x".into()), ..good })[0], Level::Fail);
     }
 
