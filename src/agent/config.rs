@@ -146,7 +146,8 @@ impl Config {
     }
 
     /// What the shims have to keep to.
-    pub fn limits(&self, asked_seconds: u64, asked_ghost: u64) -> Limits {
+    /// `memory_cap`: bytes of memory that a container may bring along.
+    pub fn limits(&self, asked_seconds: u64, asked_ghost: u64, memory_cap: u64) -> Limits {
         Limits {
             silence_s: self.silence(asked_seconds).as_secs(),
             ghost_limit: match asked_ghost {
@@ -154,6 +155,7 @@ impl Config {
                 asked => u32::try_from(asked).unwrap_or(u32::MAX),
             },
             criu: self.criu.clone(),
+            memory_cap,
             images_dir: self.images_dir.clone(),
         }
     }
@@ -192,8 +194,8 @@ mod tests {
         assert_eq!((config.stdio, config.bridge.as_deref()), (StdioPolicy::Fifo, Some("cni0")));
         assert_eq!(config.silence(0), Duration::from_secs(3));
         assert_eq!(config.silence(9999), Duration::from_secs(600));
-        assert_eq!(config.limits(0, 0).ghost_limit, 1);
-        assert_eq!(config.limits(5, 1 << 40).ghost_limit, u32::MAX);
+        assert_eq!(config.limits(0, 0, 1).ghost_limit, 1);
+        assert_eq!(config.limits(5, 1 << 40, 1).ghost_limit, u32::MAX);
     }
 
     #[test]

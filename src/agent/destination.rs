@@ -71,8 +71,8 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
         Err(error) => return link.say(refuse("containerd", format!("{error:#}"))).await,
     };
     let found = situation(&agent.config, &containerd, &offer).await;
-    let verdict = match found {
-        Ok(found) => preflight::check(&offer, &found),
+    let verdict = match &found {
+        Ok(found) => preflight::check(&offer, found),
         Err(error) => Err(Refusal {
             code: "preflight".into(),
             message: format!("{error:#}"),
@@ -86,6 +86,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     let ticket = Ticket::issue(peer, &namespace, &id, Instant::now())?;
     let cold = offer.cold;
     let mut placement = Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await?;
+    placement.memory_cap = found.map_or(0, |f| f.memory_cap());
     let taken = if cold {
         take_cold(agent, link, &mut placement).await
     } else {
@@ -219,7 +220,7 @@ async fn take(
         node: agent.node.clone(),
         peer: source,
         tls: Some(agent.config.pki().material()?),
-        limits: agent.config.limits(offer.silence_seconds, offer.ghost_limit),
+        limits: agent.config.limits(offer.silence_seconds, offer.ghost_limit, placement.memory_cap),
         netns: placement.netns.clone(),
         net: offer.net.clone(),
     });

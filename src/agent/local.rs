@@ -136,7 +136,7 @@ async fn write(
             node: agent.node.clone(),
             stop: !request.leave_running,
             container: serde_json::to_value(&offer)?,
-            limits: agent.config.limits(0, 0),
+            limits: agent.config.limits(0, 0, u64::MAX),
         };
         let fds = vec![file.try_clone()?.into()];
         control::client::call(&request.namespace, id, control::Request::Checkpoint(asked), fds).await
@@ -216,6 +216,7 @@ async fn try_restore(
     let from = format!("file {}", request.file.display());
     let mut placement =
         Placement::begin(&agent.config, &containerd, offer, &migration, &from).await.map_err(internal)?;
+    placement.memory_cap = found.memory_cap();
     match place(agent, &mut placement, file, reporter).await {
         Ok((pid, mut warnings)) => {
             let stdio = placement.stdio.clone();
@@ -262,7 +263,7 @@ async fn place(
         node: agent.node.clone(),
         peer: String::new(),
         tls: None,
-        limits: agent.config.limits(0, 0),
+        limits: agent.config.limits(0, 0, placement.memory_cap),
         netns: placement.netns.clone(),
         net: offer.net.clone(),
     });

@@ -103,11 +103,20 @@ impl Drop for BusyGuard {
     }
 }
 
-/// Runs the agent until SIGINT or SIGTERM. Needs a tokio runtime with I/O and time; either flavour.
+/// Runs the agent until SIGINT or SIGTERM, on a runtime of its own with one thread: nearly all of its time it waits.
+///
+/// # Errors
+/// As [`serve`].
+pub fn run(config: Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("starting the runtime")?.block_on(serve(config))
+}
+
+/// Serves until SIGINT or SIGTERM. Needs a tokio runtime with I/O and time; either flavour.
 ///
 /// # Errors
 /// A socket cannot be opened, or the certificates cannot be read.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn serve(config: Config) -> Result<()> {
     let node = config.node_name();
     // better now than at the first migration
     config.pki().server(&[crate::tls::ALPN_CONTROL])?;

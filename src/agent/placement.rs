@@ -61,6 +61,8 @@ pub struct Placement<'a> {
     pub stdio: String,
     /// The network namespace that was made.
     pub netns: Option<PathBuf>,
+    /// Bytes of memory that it may bring along.
+    pub memory_cap: u64,
     /// The root's mounts.
     pub mounts: Vec<Mount>,
     /// What the operator should know.
@@ -95,6 +97,7 @@ impl<'a> Placement<'a> {
             steps: vec![Step::Lease],
             stdio: String::new(),
             netns: None,
+            memory_cap: 0,
             mounts: Vec::new(),
             warnings: Vec::new(),
         })

@@ -141,6 +141,14 @@ pub struct Situation {
     pub netns_taken: Option<PathBuf>,
 }
 
+impl Situation {
+    /// Bytes of memory that a container may bring along, whatever its offer said of them.
+    pub fn memory_cap(&self) -> u64 {
+        let memory = if self.images_in_memory { self.memory_available / 2 } else { self.memory_available };
+        self.images_free.min(memory)
+    }
+}
+
 /// Decides.
 ///
 /// # Errors

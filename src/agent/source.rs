@@ -421,7 +421,7 @@ async fn send(
             node: agent.node.clone(),
             peer: peer.clone(),
             tls: agent.config.pki().material()?,
-            limits: agent.config.limits(request.silence_seconds, request.ghost_limit),
+            limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
         };
         let id = &subject.record.id;
         control::client::call(&request.namespace, id, control::Request::Send(send), vec![connection.into()])

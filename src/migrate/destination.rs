@@ -18,7 +18,9 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
-use super::protocol::{ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select};
+use super::protocol::{
+    ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
+};
 use super::report::{Clock, Report, millis};
 use super::source::ImagesDir;
 use super::stream::Receiver;
@@ -69,12 +71,11 @@ pub fn receive(
     let silence = Duration::from_secs(request.limits.silence_s);
     let material = request.tls.as_ref().context("no certificate for this connection")?;
     let config = tls::config::server(material, &[ALPN_DATA])?;
-    let mut wire =
-        Wire::accept(tcp, config, silence, |c| {
-            let name = tls::config::peer_name(c.peer_certificates().unwrap_or_default())?;
-            ensure!(name == request.peer, "the peer is {name}, the migration was agreed with {}", request.peer);
-            Ok(())
-        })?;
+    let mut wire = Wire::accept(tcp, config, silence, |c| {
+        let name = tls::config::peer_name(c.peer_certificates().unwrap_or_default())?;
+        ensure!(name == request.peer, "the peer is {name}, the migration was agreed with {}", request.peer);
+        Ok(())
+    })?;
     let result = greet(&mut wire, request)
         .and_then(|()| take(&mut wire, task, request, abort, &mut clock, events, Peer::Waits));
     finish(result, &mut wire, task, request, &mut clock)
@@ -172,7 +173,8 @@ fn take(
         Peer::Waits => (wire.expect::<Manifest>(Kind::Manifest)?, true),
         Peer::File(manifest) => (manifest, false),
     };
-    let (carry, totals) = receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
+    let (carry, totals) =
+        receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
 
     phase(clock, "prepare");
     task.mount().context("mounting the container's rootfs")?;
@@ -324,8 +326,12 @@ fn parent(pid: i32) -> Option<i32> {
 
 fn children(pid: i32) -> Vec<i32> {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    let of_thread = |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
-    threads.flatten().flat_map(|t| of_thread(t).split_whitespace().filter_map(|p| p.parse().ok()).collect::<Vec<_>>()).collect()
+    let of_thread =
+        |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
+    threads
+        .flatten()
+        .flat_map(|t| of_thread(t).split_whitespace().filter_map(|p| p.parse().ok()).collect::<Vec<_>>())
+        .collect()
 }
 
 #[cfg(test)]
@@ -344,6 +350,9 @@ mod tests {
         let e = anyhow::Error::from(f.clone()).context("receiving");
         assert_eq!(failure_of(&e, "receive", "b"), f);
         let own = failure_of(&anyhow!("no room").context("writing"), "receive", "b");
-        assert_eq!((own.message.as_str(), own.phase.as_str(), own.node.as_str()), ("writing: no room", "receive", "b"));
+        assert_eq!(
+            (own.message.as_str(), own.phase.as_str(), own.node.as_str()),
+            ("writing: no room", "receive", "b")
+        );
     }
 }

@@ -20,7 +20,9 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
-use super::protocol::{Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome};
+use super::protocol::{
+    Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
+};
 use super::report::{Clock, Report, millis};
 use super::stream::Sender;
 use super::wire::{FrameSink, Wire};
@@ -162,7 +164,8 @@ pub fn send(
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
     let (still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
     phase(&mut clock, "restore");
-    let restored = wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
+    let restored =
+        wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
@@ -246,17 +249,25 @@ impl Prepared {
             std::fs::create_dir(dir.0.join(sub)).context("creating the images directory")?;
         }
         let config = task.bundle().join("config.json");
-        let spec = oci_spec::runtime::Spec::load(&config).with_context(|| format!("reading {}", config.display()))?;
+        let spec = oci_spec::runtime::Spec::load(&config)
+            .with_context(|| format!("reading {}", config.display()))?;
         let facts = Facts::gather(&spec, pid, &task.rootfs(), freezer.path())?;
-        let limits =
-            criu::options::Limits { ghost_limit: options.limits.ghost_limit, ..criu::options::Limits::default() };
+        let limits = criu::options::Limits {
+            ghost_limit: options.limits.ghost_limit,
+            ..criu::options::Limits::default()
+        };
         let opts = dump_options(&spec, &facts, &limits).context("preparing CRIU's dump")?;
         let descriptors = criu::stdio::descriptors(Some(&task.runc_state()), pid)?;
         Ok(Prepared { criu, freezer, netns, dir, layer: task.layer()?, opts, descriptors })
     }
 
     fn manifest(&self, task: &dyn SourceTask, container: Value) -> Manifest {
-        Manifest { version: VERSION, criu: self.criu.version.to_string(), stdio: task.stdio_kinds(), container }
+        Manifest {
+            version: VERSION,
+            criu: self.criu.version.to_string(),
+            stdio: task.stdio_kinds(),
+            container,
+        }
     }
 }
 

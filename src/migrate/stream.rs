@@ -111,10 +111,8 @@ impl<'a> Sender<'a> {
                 self.counter.totals.page_bytes += bytes.len() as u64;
                 Ok(())
             }
-            PageEvent::Hole { vaddr, pages, flags } => self.frame(
-                Kind::PagesHole,
-                &[&vaddr.to_le_bytes(), &pages.to_le_bytes(), &flags.to_le_bytes()],
-            ),
+            PageEvent::Hole { vaddr, pages, flags } => self
+                .frame(Kind::PagesHole, &[&vaddr.to_le_bytes(), &pages.to_le_bytes(), &flags.to_le_bytes()]),
             PageEvent::Close => self.frame(Kind::PagesClose, &[]),
             PageEvent::Idle => self.wire.alive(),
         }
@@ -153,7 +151,8 @@ impl<'a> Sender<'a> {
 
     /// The writable layer.
     pub fn layer(&mut self, layer: &WritableLayer) -> Result<()> {
-        rootfs::capture(&layer.dir, &CaptureOptions::for_layer(layer), self).context("reading the writable layer")?;
+        rootfs::capture(&layer.dir, &CaptureOptions::for_layer(layer), self)
+            .context("reading the writable layer")?;
         self.frame(Kind::LayerEnd, &[b"{}"])
     }
 
@@ -299,7 +298,10 @@ impl Receiver {
 fn decode_pages(payload: &[u8]) -> Result<(u64, u32, &[u8])> {
     ensure!(payload.len() >= 12, "a Pages frame of {} bytes", payload.len());
     let flags = u32::from_le_bytes(payload[8..12].try_into()?);
-    ensure!(payload[12..].len().is_multiple_of(page_size()), "a Pages frame that is no whole number of pages");
+    ensure!(
+        payload[12..].len().is_multiple_of(page_size()),
+        "a Pages frame that is no whole number of pages"
+    );
     Ok((u64_at(payload, 0), flags, &payload[12..]))
 }
 
