@@ -113,7 +113,12 @@ fn link(body: &[u8], names: &Names) -> Result<Link> {
         Some("macvlan") => Kind::Macvlan { parent: lower, options: kept(&[1, 2, 7]) },
         Some("dummy") => Kind::Dummy,
         // FORWARD_DELAY .. GROUP_FWD_MASK, MCAST_SNOOPING, NF_CALL_*, VLAN_DEFAULT_PVID: the others are states.
-        Some("bridge") => Kind::Bridge { options: kept(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 36, 37, 38, 39]) },
+        Some("bridge") => {
+            let mut options = kept(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 36, 37, 38, 39]);
+            // "No VLAN filtering" is refused by kernels that have none.
+            options.retain(|o| !(o.kind == 7 && o.value == [0]));
+            Kind::Bridge { options }
+        }
         Some("vlan") => match lower {
             // IFLA_VLAN_ID, _FLAGS, _EGRESS_QOS, _INGRESS_QOS, _PROTOCOL.
             Some(parent) => Kind::Vlan { parent, options: kept(&[1, 2, 3, 4, 5]) },

@@ -95,13 +95,16 @@ pub enum Kind {
     Loopback,
     /// One end of a veth pair; `peer` is the other if it is in the same namespace, else it is the node's.
     Veth {
+        /// The other end's name.
         #[serde(default)]
         peer: Option<String>,
     },
     /// A MAC-VLAN; without a `parent` in the namespace it is rebuilt as a veth with the same name and MAC.
     Macvlan {
+        /// The link below.
         #[serde(default)]
         parent: Option<String>,
+        /// `IFLA_INFO_DATA`, as far as it can be set.
         #[serde(default)]
         options: Vec<Attr>,
     },
@@ -109,12 +112,15 @@ pub enum Kind {
     Dummy,
     /// A bridge inside the namespace.
     Bridge {
+        /// `IFLA_INFO_DATA`, as far as it can be set.
         #[serde(default)]
         options: Vec<Attr>,
     },
     /// A VLAN on `parent`.
     Vlan {
+        /// The link below.
         parent: String,
+        /// `IFLA_INFO_DATA`, as far as it can be set.
         #[serde(default)]
         options: Vec<Attr>,
     },
@@ -167,19 +173,24 @@ pub struct Address {
     pub lifetime: Option<(u32, u32)>,
 }
 
-/// A route.
+/// A route: `struct rtmsg`, the links by name, and the attributes.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct Route {
-    /// Fixed part, `struct rtmsg` without its `rtm_table` and `rtm_flags`: family, dst_len, src_len, tos, protocol,
-    /// scope, type.
+    /// Address family.
     pub family: u8,
+    /// Length of the destination's prefix in bits.
     pub dst_len: u8,
+    /// Length of the source's prefix in bits.
     #[serde(default)]
     pub src_len: u8,
+    /// Type of service.
     #[serde(default)]
     pub tos: u8,
+    /// `RTPROT_*`: who made it.
     pub protocol: u8,
+    /// `RT_SCOPE_*`.
     pub scope: u8,
+    /// `RTN_*`.
     pub kind: u8,
     /// Table number.
     pub table: u32,
@@ -220,17 +231,25 @@ pub struct Hop {
 /// A policy rule: `struct fib_rule_hdr` and its attributes (`FRA_*`, links by name already).
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 pub struct Rule {
+    /// Address family.
     pub family: u8,
+    /// Length of the destination's prefix in bits.
     #[serde(default)]
     pub dst_len: u8,
+    /// Length of the source's prefix in bits.
     #[serde(default)]
     pub src_len: u8,
+    /// Type of service.
     #[serde(default)]
     pub tos: u8,
+    /// Table number.
     pub table: u32,
+    /// `FR_ACT_*`.
     pub action: u8,
+    /// `FIB_RULE_INVERT` or 0.
     #[serde(default)]
     pub flags: u32,
+    /// The other attributes (`FRA_*`), sorted.
     #[serde(default)]
     pub attrs: Vec<Attr>,
 }

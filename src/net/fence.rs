@@ -15,8 +15,14 @@ use super::{netns, nft, port};
 /// Needs a kernel with nf_tables for `inet` and `arp`. Forks nothing and takes well below a millisecond.
 pub fn fence(netns: BorrowedFd<'_>) -> Result<()> {
     let mut socket = netns::inside(netns, Netlink::netfilter)?;
-    unless(socket.transaction(&nft::fence()), libc::EEXIST)
-        .context("fencing the namespace (nf_tables, table transship)")
+    let there = present(&mut socket)?;
+    if there.len() == nft::FAMILIES.len() {
+        return Ok(());
+    }
+    // What is left of a fence that somebody damaged is replaced.
+    let mut messages: Vec<_> = there.into_iter().map(nft::delete).collect();
+    messages.extend(nft::fence());
+    socket.transaction(&messages).context("fencing the namespace (nf_tables, table transship)")
 }
 
 /// Lifts the fence: for a namespace made by `build` the node's ends enter their bridge first, then, for any namespace,
@@ -26,29 +32,31 @@ pub fn fence(netns: BorrowedFd<'_>) -> Result<()> {
 pub fn unfence(netns: BorrowedFd<'_>) -> Result<()> {
     let (mut filter, mut route) = netns::inside(netns, || Ok((Netlink::netfilter()?, Netlink::route()?)))?;
     port::attach_all(&mut route)?;
-    let both: Vec<_> = nft::FAMILIES.map(nft::delete).into();
-    match filter.transaction(&both) {
-        // One of them may be missing: each on its own then.
-        Err(e) if errno_of(&e) == Some(libc::ENOENT) => {
-            for family in nft::FAMILIES {
-                unless(filter.transaction(&[nft::delete(family)]), libc::ENOENT)
-                    .context("lifting the fence (nf_tables, table transship)")?;
-            }
-            Ok(())
-        }
-        other => other.context("lifting the fence (nf_tables, table transship)"),
+    let tables: Vec<_> = present(&mut filter)?.into_iter().map(nft::delete).collect();
+    if tables.is_empty() {
+        return Ok(());
     }
+    let lifted = unless(filter.transaction(&tables), libc::ENOENT);
+    // Closing this socket waits some 10 ms for the kernel to free the tables. They are out of effect already.
+    let close = std::thread::Builder::new().name("unfenced".into());
+    close.spawn(move || drop(filter)).context("starting a thread to close a socket")?;
+    lifted.context("lifting the fence (nf_tables, table transship)")
 }
 
 /// Whether the fence stands.
 pub fn is_fenced(netns: BorrowedFd<'_>) -> Result<bool> {
-    let mut socket = netns::inside(netns, Netlink::netfilter)?;
+    Ok(present(&mut netns::inside(netns, Netlink::netfilter)?)?.len() == nft::FAMILIES.len())
+}
+
+/// The families that have a table of ours.
+fn present(socket: &mut Netlink) -> Result<Vec<u8>> {
+    let mut families = Vec::new();
     for family in nft::FAMILIES {
         match socket.request(nft::get(family)) {
-            Ok(()) => {}
-            Err(e) if errno_of(&e) == Some(libc::ENOENT) => return Ok(false),
-            Err(e) => return Err(e).context("asking for the fence's tables"),
+            Ok(()) => families.push(family),
+            Err(e) if errno_of(&e) == Some(libc::ENOENT) => {}
+            Err(e) => return Err(e).context("asking for the fence's tables (nf_tables)"),
         }
     }
-    Ok(true)
+    Ok(families)
 }

@@ -44,7 +44,6 @@ pub struct Seen {
     pub link: u32,
     /// Whether that is in another namespace.
     pub elsewhere: bool,
-    pub master: u32,
     pub name: String,
     pub alias: String,
     pub kind: String,
@@ -68,7 +67,6 @@ fn seen(body: &[u8]) -> Seen {
         flags: wire::u32_of(&body[8..12]),
         link: number(libc::IFLA_LINK),
         elsewhere: wire::find(attrs, libc::IFLA_LINK_NETNSID).is_some(),
-        master: number(libc::IFLA_MASTER),
         name: string(libc::IFLA_IFNAME),
         alias: string(libc::IFLA_IFALIAS),
         kind: wire::find(info, libc::IFLA_INFO_KIND).map(wire::text).unwrap_or_default(),

@@ -56,16 +56,24 @@ pub fn link_of(key: &str) -> Option<&str> {
 }
 
 /// Splits what a namespace has into what was changed there and what it was born with. `fresh` is a new namespace's.
+/// What a link took over from its namespace's `default`, as each new link does, is in neither.
 pub fn split(tree: Tree, fresh: &Tree) -> (Tree, Tree) {
-    let current = tree.clone();
-    tree.into_iter().partition(|(key, value)| {
-        let born = fresh.get(key).or_else(|| {
-            // A link begins with the values that `default` has in its namespace.
-            let name = link_of(key)?;
-            current.get(&key.replacen(&format!("/{name}/"), "/default/", 1))
-        });
-        born != Some(value)
-    })
+    let other = |of: &Tree, key: &str, link: &str| {
+        let name = link_of(key)?;
+        of.get(&key.replacen(&format!("/{name}/"), &format!("/{link}/"), 1)).cloned()
+    };
+    let (mut changed, mut born) = (Tree::new(), Tree::new());
+    for (key, value) in &tree {
+        if !fresh.contains_key(key) && other(&tree, key, "default").as_ref() == Some(value) {
+            continue;
+        }
+        // `neigh/default` is the machine's and not seen inside: a link has from it what a new loopback has.
+        let at_birth =
+            fresh.get(key).cloned().or_else(|| other(fresh, key, "lo").filter(|_| key.contains("/neigh/")));
+        let into = if at_birth.as_ref() == Some(value) { &mut born } else { &mut changed };
+        into.insert(key.clone(), value.clone());
+    }
+    (changed, born)
 }
 
 /// Which keys [`write`] is to treat.
@@ -171,7 +179,16 @@ mod tests {
         let (changed, born) = split(now, &fresh);
         let changed: Vec<&str> = changed.keys().map(String::as_str).collect();
         assert_eq!(changed, ["core/somaxconn", "ipv4/conf/default/rp_filter", "ipv4/conf/eth1/rp_filter"]);
-        assert_eq!(born.len(), 2);
+        assert_eq!(born, tree(&[("ipv4/conf/lo/rp_filter", "0")]), "eth0's comes with `default`");
+    }
+
+    #[test]
+    fn neighbour_settings_are_compared_with_a_new_loopback() {
+        let fresh = tree(&[("ipv4/neigh/lo/gc_stale_time", "60")]);
+        let now = tree(&[("ipv4/neigh/eth0/gc_stale_time", "60"), ("ipv4/neigh/eth1/gc_stale_time", "9")]);
+        let (changed, born) = split(now, &fresh);
+        assert_eq!(changed, tree(&[("ipv4/neigh/eth1/gc_stale_time", "9")]));
+        assert_eq!(born.len(), 1);
     }
 
     #[test]

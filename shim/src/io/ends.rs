@@ -21,10 +21,9 @@ pub type Watched = Arc<AsyncFd<OwnedFd>>;
 
 /// Registers a descriptor whose description is already non-blocking.
 pub fn watch(fd: impl Into<OwnedFd>, interest: Interest) -> Result<Watched> {
-    Ok(Arc::new(
-        AsyncFd::with_interest(fd.into(), interest)
-            .context("registering a stream with the event loop")?,
-    ))
+    // SAFETY: an OwnedFd is open and stays the same descriptor for as long as it lives; here that is as long as the AsyncFd.
+    let watched = unsafe { AsyncFd::register_with_interest(fd.into(), interest) };
+    Ok(Arc::new(watched.map_err(std::io::Error::from).context("registering a stream with the event loop")?))
 }
 
 /// Where bytes come from.

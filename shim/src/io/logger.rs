@@ -101,9 +101,14 @@ impl Logger {
         }
     }
 
-    /// After the exit: lets the program read the end of both streams and waits until it is done, at most `limit`.
-    pub async fn drain(&self, limit: Duration) {
+    /// After the exit: lets the program read the end of both streams.
+    pub fn release(&self) {
         *self.pipes.lock().unwrap_or_else(|e| e.into_inner()) = [None, None];
+    }
+
+    /// Lets the program read the end of both streams and waits until it is done, at most `limit`.
+    pub async fn drain(&self, limit: Duration) {
+        self.release();
         let _ = timeout(limit, self.exited.clone().wait_for(|gone| *gone)).await;
     }
 
@@ -175,7 +180,7 @@ impl Logger {
             }
             Err(e) => log::warn!("output for the logging program {} stays in its pipe: {e:#}", self.pid),
         }
-        *self.pipes.lock().unwrap_or_else(|e| e.into_inner()) = [None, None];
+        self.release();
         self.resume();
     }
 

@@ -6,7 +6,9 @@
 //! | `uri` | what a stdio string of containerd means (pure) |
 //! | `fd` | pipes, FIFOs, looking into a pipe without reading it |
 //! | `ends` | where bytes come from and where they go |
-//! | `pump` | one direction of one stream: a task, a few bytes of state, pause and go on |
+//! | `pump` | one direction of one stream: a task that copies, pauses and goes on |
+//! | `flow` | its state between two steps, and the moving of bytes |
+//! | `held` | what a migration takes out of a paused pump and puts into one |
 //! | `logger` | the program behind `binary://` |
 //! | `process` | [`ProcessIo`]: the streams of one process; opening, closing, draining |
 //! | `migrate` | the same streams when the container moves: quiesce, carry, preload |
@@ -14,12 +16,14 @@
 //! The pty itself (console socket, window size, input queue) is in [`crate::console`]. Nothing here knows runc or containerd's
 //! API; a child that has to be started is started through [`Context::spawn`], because one reaper waits for all children.
 //!
-//! Memory: no thread and no buffer per stream. One scratch buffer per thread serves every stream ([`pump`]), bytes are kept only
+//! Memory: no thread and no buffer per stream. One scratch buffer per thread serves every stream, bytes are kept only
 //! where a sink does not take them. Only writes to regular files leave the event loop (`spawn_blocking`), because a slow disk
 //! would hold up every other container of the pod.
 
 mod ends;
 mod fd;
+mod flow;
+mod held;
 mod logger;
 mod migrate;
 mod process;

@@ -224,18 +224,28 @@ impl ProcessIo {
         console::resize(console.get_ref().as_fd(), width, height)
     }
 
+    /// The process has exited: a terminal's output ends when what is queued has been copied, even if other processes still have
+    /// the terminal. Call it at the exit, not at the deletion: clients wait for the end of the output before they delete.
+    pub fn process_exited(&self) {
+        let streams = self.streams();
+        if self.kinds.terminal()
+            && let Some(output) = &streams.stdout
+        {
+            output.close_when_empty();
+        }
+        if let Some(logger) = &self.logger {
+            logger.release();
+        }
+    }
+
     /// After the process's exit: waits until all output has been copied. Other processes that still hold a pipe keep it open:
     /// at most `limit` (containerd's shim: 10 s). A terminal's output ends with the process that it was for.
     pub async fn drain(&self, limit: Duration) {
+        self.process_exited();
         let (out, err) = {
             let streams = self.streams();
             (streams.stdout.clone(), streams.stderr.clone())
         };
-        if self.kinds.terminal()
-            && let Some(out) = &out
-        {
-            out.close_when_empty();
-        }
         let all = async {
             for pump in [&out, &err].into_iter().flatten() {
                 pump.ended().await;

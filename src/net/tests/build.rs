@@ -128,6 +128,11 @@ fn a_plain_pod() {
         settle("tnet-a");
         for _ in 0..3 {
             let config = timed("plain capture", || capture(source.as_fd())).unwrap();
+            println!(
+                "plain: {} bytes, changed {:?}",
+                serde_json::to_vec(&config).unwrap().len(),
+                config.sysctls
+            );
             timed("plain build", || build(&config, &path("tnet-b"), &attach())).unwrap();
             let made = open(&path("tnet-b")).unwrap();
             assert_same(&config, &capture(made.as_fd()).unwrap());
@@ -223,7 +228,11 @@ fn the_fence_is_lifted_exactly() {
             println!("{}", rules());
             assert!(rules().contains("meta mark 0x0000c114 accept"));
             assert_eq!(capture(source.as_fd()).unwrap().firewall, ["inet theirs"]);
-            // Half a fence, after somebody's interference: completed by nobody, lifted all the same.
+            // Half a fence, after somebody's interference: made whole, and lifted also as a half.
+            sh("ip netns exec tnet-a nft delete table inet transship");
+            assert!(!is_fenced(source.as_fd()).unwrap());
+            fence(source.as_fd()).unwrap();
+            assert!(is_fenced(source.as_fd()).unwrap());
             sh("ip netns exec tnet-a nft delete table arp transship");
         }
         timed("unfence", || unfence(source.as_fd())).unwrap();

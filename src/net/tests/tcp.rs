@@ -107,7 +107,7 @@ fn move_connection(own: &str, with_kick: bool) -> Duration {
     let image = dump(&server);
     drop((server, listener));
     let restored = restore(&image, &made);
-    std::thread::sleep(Duration::from_millis(800)); // retransmitted after 0.2 and 0.6 s, next at 1.4 s
+    std::thread::sleep(Duration::from_millis(1000)); // the next retransmission would be after some 1.7 s
     let kick = timed("collect", || Kick::collect(made.as_fd(), &[std::process::id() as i32])).unwrap();
     assert_eq!(kick.len(), 1);
 
