@@ -20,6 +20,7 @@ pub struct Checkpoint {
     /// The file to write; it must not exist
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+    /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
     /// Stop the container once the file is complete

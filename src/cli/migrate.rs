@@ -23,6 +23,7 @@ pub struct Migrate {
     /// The destination's agent; port 7420 unless given, IPv6 addresses in brackets
     #[arg(long, value_name = "HOST[:PORT]")]
     pub to: Peer,
+    /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
     /// Move it also when it does not run: record, image and writable layer

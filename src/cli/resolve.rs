@@ -23,6 +23,7 @@ pub struct Resolve {
     /// It runs on the other node: delete it here
     #[arg(long)]
     pub moved: bool,
+    /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
     /// Do not ask (needed when this is not a terminal)
