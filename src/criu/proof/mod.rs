@@ -91,7 +91,7 @@ fn a_container_moves_is_refused_and_moves_again() {
 }
 
 fn sh(line: &str) -> Result<String> {
-    let out = Command::new("bash").args(["-c", line]).output()?;
+    let out = Command::new("bash").args(["-ec", line]).output()?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     ensure!(out.status.success(), "{line}: {} {}", text, String::from_utf8_lossy(&out.stderr));
     Ok(text)
@@ -131,7 +131,8 @@ struct Client {
 impl Client {
     fn ask(&mut self) -> Result<String> {
         self.asked += 1;
-        writeln!(self.stream.get_mut(), "{}", self.asked)?;
+        // One segment: Nagle.
+        self.stream.get_mut().write_all(format!("{}\n", self.asked).as_bytes())?;
         let mut line = String::new();
         self.stream.read_line(&mut line)?;
         ensure!(
@@ -189,6 +190,11 @@ impl Bed {
              ip -n {name} addr add 10.9.0.{n}/24 dev eth0; ip -n {name} link set eth0 up; ip link set p-{name} down"
         ))
         .map(drop)
+    }
+
+    /// The link first: a namespace is taken down some time after its name has gone.
+    fn drop_netns(&self, name: &str) -> Result<()> {
+        sh(&format!("ip link del p-{name}; ip netns del {name}")).map(drop)
     }
 
     fn link(&self, name: &str, state: &str) -> Result<()> {
@@ -357,7 +363,7 @@ impl Bed {
             ensure!(self.runc(&["state", id]).is_err(), "a container is left");
             freezer.thaw()?;
             self.link(&from.netns, "up")?;
-            sh(&format!("ip netns del {netns}"))?;
+            self.drop_netns(netns)?;
             return Ok(None);
         }
         freezer.kill_all(SOON)?;
@@ -377,7 +383,7 @@ impl Bed {
             opened.elapsed()
         );
         self.runc(&["delete", "--force", &from.id])?;
-        sh(&format!("ip netns del {}", from.netns))?;
+        self.drop_netns(&from.netns)?;
         gate_server::remove(&bundle)?;
         let pid = fs::read_to_string(bundle.join("pid"))?.parse()?;
         Ok(Some(Container { id: id.into(), netns: netns.into(), bundle, pid }))
@@ -436,7 +442,9 @@ impl Bed {
         self.runc(&["delete", &third.id])?;
         self.runc(&["delete", "--force", &twin.id])?;
         ensure!(self.runc(&["list", "-q"])?.is_empty(), "containers are left");
-        sh("ip netns del n3; ip netns del t; ip netns del c; ip link del br0").map(drop)
+        self.drop_netns("n3")?;
+        self.drop_netns("t")?;
+        sh("ip link del pc; ip netns del c; ip link del br0").map(drop)
     }
 }
 
