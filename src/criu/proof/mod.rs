@@ -389,6 +389,37 @@ impl Bed {
         Ok(Some(Container { id: id.into(), netns: netns.into(), bundle, pid }))
     }
 
+    /// The network fails in the middle of the pages, or the writable layer at the end: CRIU ends properly and the source goes on.
+    fn failing_dumps(&self, from: &Container) -> Result<()> {
+        let spec = oci_spec::runtime::Spec::load(from.bundle.join("config.json"))?;
+        for in_pages in [true, false] {
+            let dir = tempfile::tempdir_in(&from.bundle)?;
+            let freezer = Freezer::of_pid(from.pid)?;
+            freezer.freeze(SOON)?;
+            let facts = Facts::gather(&spec, from.pid, &from.bundle.join("rootfs"), freezer.path())?;
+            let mut request = DumpRequest {
+                opts: dump_options(&spec, &facts, &Limits::default())?,
+                images_dir: dir.path(),
+                work_dir: dir.path(),
+                descriptors: &stdio::descriptors(None, from.pid)?,
+                on_post_dump: Some(&mut || anyhow::bail!("cut")),
+                netns: None,
+                path_first: None,
+            };
+            let mut events = 0;
+            let result = self.criu.dump(&mut request, &mut |_| {
+                events += 1;
+                ensure!(!in_pages || events < 5, "cut");
+                Ok(())
+            });
+            ensure!(freezer.is_frozen()?, "not frozen after a failed dump");
+            freezer.thaw()?;
+            let said = format!("{:#}", result.expect_err("fails"));
+            ensure!(said == "dumping the container: cut", "{said}");
+        }
+        Ok(())
+    }
+
     fn restore(
         &self,
         bundle: &Path,
@@ -427,6 +458,8 @@ impl Bed {
         ensure!(self.move_to(&second, "m2", "n2", true)?.is_none(), "refused");
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
+        self.failing_dumps(&second)?;
+        self.ask(&mut client, 50)?;
         let third = self.move_to(&second, "m3", "n3", false)?.context("moved")?;
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
