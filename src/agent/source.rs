@@ -452,7 +452,11 @@ async fn send(
             }
         };
         match event {
-            Some(control::Event::Phase { phase }) => reporter.phase(&phase),
+            Some(control::Event::Phase { phase }) => match phase.as_str() {
+                "prepare" => {} // of the shim; to the operator it is part of the transfer
+                "clean up" => reporter.phase("running"),
+                other => reporter.phase(other),
+            },
             Some(control::Event::Progress { bytes }) => reporter.progress("memory", bytes, None),
             Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
             Some(control::Event::Undecided { message }) => {
