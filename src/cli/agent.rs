@@ -32,14 +32,7 @@ impl Agent {
         if let Some(socket) = &common.agent_socket {
             config.socket = socket.clone();
         }
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|e| ErrorReport::new(ExitCode::Failed, format!("starting tokio: {e}")))?;
-        let ended = runtime.block_on(crate::agent::run(config));
-        // A blocking task that still runs (a lookup of a name, say) must not hold up the end.
-        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-        ended.map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
+        crate::agent::run(config).map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
         Ok(Answer::new(json!({}), ""))
     }
 }
