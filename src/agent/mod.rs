@@ -9,11 +9,12 @@
 //! | [`peer`] | dialling another agent |
 //! | [`source`] | `migrate`: this node gives a container away |
 //! | [`destination`] | this node takes a container |
-//! | [`placement`] | making a container here step by step, and undoing it |
+//! | [`placement`] | making a container here step by step |
+//! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
 //! | [`preflight`], [`host`], [`spec`] | does it fit here |
 //! | [`pending`] | one-time tickets; the data connections they let in |
 //! | [`layer`] | the writable layer of a container that does not run |
-//! | [`netns`] | network namespaces, and what is remembered of containers that came |
+//! | [`netns`] | network namespaces of containers that come and go |
 //! | [`local`] | checkpoint, restore, resolve |
 //! | [`ps`] | the list of containers |
 //! | [`leftovers`] | what an earlier run left, and what goes with deleted containers |
@@ -42,6 +43,7 @@ pub mod message;
 pub mod netns;
 pub mod peer;
 pub mod pending;
+pub mod placed;
 pub mod placement;
 pub mod preflight;
 pub mod ps;

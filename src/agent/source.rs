@@ -16,6 +16,7 @@ use super::{
     message::{Message, Offer, Ready, Started},
     netns,
     peer::{self, Peer},
+    placed::Placed,
     preflight,
     reporter::Reporter,
     spec,
@@ -100,7 +101,14 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
         return Err(as_before(ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))));
     }
     let offer = Message::Offer(Box::new(subject.offer.clone()));
-    let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(as_before)?;
+    let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
+        if error.code == ExitCode::Unreachable {
+            // said only of what is known
+            let id = &request.container;
+            error.state = format!("{id} is on {} as before; {peer} undoes its part by itself", agent.node);
+        }
+        as_before(error)
+    })?;
     reporter.phase("transfer");
     let mut report = Report {
         migration: ready.migration.clone(),
@@ -607,6 +615,9 @@ async fn clean_up(subject: &mut Subject) -> Vec<String> {
     note(containerd.container_delete(&record.id).await);
     note(containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await);
     if subject.offer.cold {
+        let placed = Placed::load(containerd.name(), &record.id);
+        let removed = tokio::task::spawn_blocking(move || placed.map_or(Ok(()), |p| p.remove())).await;
+        notes.extend(removed.ok().and_then(Result::err).map(|error| format!("left on this node: {error:#}")));
         return notes;
     }
     let others = containerd.container_list().await.unwrap_or_default();
