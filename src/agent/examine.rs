@@ -100,7 +100,7 @@ pub async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject
         )
     })?;
     let inspected = match &task {
-        Some(task) if running => Some(inspect(agent, request, &record, task).await?),
+        Some(task) if running => Some(inspect(agent, &containerd, request, &record, task).await?),
         _ => None,
     };
     let mut offer = Offer {
@@ -139,6 +139,7 @@ pub async fn image_of(containerd: &Namespace, record: &Record) -> Result<(ImageR
 /// Asks the container's shim, and refuses what it knows to be unmovable.
 async fn inspect(
     agent: &Agent,
+    containerd: &Namespace,
     request: &MigrateRequest,
     record: &Record,
     task: &Task,
@@ -167,6 +168,14 @@ async fn inspect(
     }
     if netns::is_host(task.pid) {
         return Err(ErrorReport::new(ExitCode::Refused, format!("{id} is in the network of {}", agent.node)));
+    }
+    let own = containerd.task_pids(id).await.map_err(internal)?;
+    if let Some(other) = netns::shared_with(task.pid, &own) {
+        return Err(ErrorReport::new(
+            ExitCode::Refused,
+            format!("{id} shares its network with others (process {other}), which would be cut off from it"),
+        )
+        .advice("containers of one pod cannot be moved one by one"));
     }
     Ok(inspected)
 }

@@ -111,10 +111,20 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
 
 /// A process in the namespace at `path`.
 fn user_of(path: &Path) -> Option<u32> {
+    user_besides(path, &[])
+}
+
+/// A process in the network namespace of `pid` that is not one of `own`: fencing or moving the namespace would cut it off.
+pub fn shared_with(pid: u32, own: &[u32]) -> Option<u32> {
+    user_besides(Path::new(&format!("/proc/{pid}/ns/net")), own)
+}
+
+fn user_besides(path: &Path, own: &[u32]) -> Option<u32> {
     let wanted = fs::metadata(path).ok().map(|m| m.ino())?;
     let entries = fs::read_dir("/proc").ok()?.flatten();
     entries
         .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| !own.contains(pid))
         .find(|pid| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == wanted))
 }
 
@@ -137,5 +147,7 @@ mod tests {
         let own = fs::metadata("/proc/self/ns/net").unwrap();
         assert!(own.ino() > 0);
         assert!(user_of(Path::new("/proc/self/ns/net")).is_some());
+        let me = std::process::id();
+        assert_ne!(shared_with(me, &[me]), Some(me));
     }
 }

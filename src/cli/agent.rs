@@ -32,8 +32,7 @@ impl Agent {
         if let Some(socket) = &common.agent_socket {
             config.socket = socket.clone();
         }
-        let ended = crate::agent::run(config);
-        ended.map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
+        crate::agent::run(config).map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
         Ok(Answer::new(json!({}), ""))
     }
 }

@@ -157,8 +157,10 @@ fn summary(report: &Report, began: &[(String, u64)], warnings: &[String]) -> Str
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
-    use crate::agent::api::PhaseTime;
+    use crate::agent::api::{Event, PhaseTime, read_frame, write_frame};
 
     fn report() -> Report {
         let phase = |name: &str, ms| PhaseTime { name: name.into(), ms };
@@ -217,6 +219,63 @@ redis runs on node-b now (from node-a, 812.0 ms)
             text.starts_with("sent ") && text.contains("cold") && text.contains("lies on node-b"),
             "{text}"
         );
+    }
+
+    /// An agent that answers one connection after the other; what it was asked comes back.
+    fn fake_agent(socket: &std::path::Path, answers: Vec<Event>) -> std::thread::JoinHandle<Vec<Request>> {
+        let listener = UnixListener::bind(socket).unwrap();
+        std::thread::spawn(move || {
+            let asked = answers.into_iter().map(|answer| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let request = read_frame(&mut stream).unwrap();
+                write_frame(&mut stream, &Event::Phase { name: "preflight".into(), at_ms: 0 }).unwrap();
+                write_frame(&mut stream, &answer).unwrap();
+                request
+            });
+            asked.collect()
+        })
+    }
+
+    fn migrate(socket: &std::path::Path, yes: bool) -> (Common, Migrate) {
+        let common = Common { json: true, agent_socket: Some(socket.into()) };
+        let migrate = Migrate {
+            container: "redis".into(),
+            to: "node-b".parse().unwrap(),
+            namespace: Namespace { namespace: Some("k8s.io".into()) },
+            cold: false,
+            ignore_cpu: true,
+            silence: 7,
+            ghost_limit: 0,
+            yes,
+        };
+        (common, migrate)
+    }
+
+    #[test]
+    fn one_that_does_not_run_is_moved_cold_only_when_that_was_allowed() {
+        let dir = tempfile::tempdir().unwrap();
+        let stopped =
+            || Event::Failed { error: ErrorReport::new(ExitCode::NotRunning, "redis does not run") };
+        let moved = Event::Done { reply: Reply::Migrated(Box::new(Report { cold: true, ..report() })) };
+
+        let socket = dir.path().join("yes.sock");
+        let agent = fake_agent(&socket, vec![stopped(), moved]);
+        let (common, verb) = migrate(&socket, true);
+        let answer = verb.run(&common).unwrap();
+        assert_eq!(answer.fields["report"]["cold"], json!(true));
+        let asked = agent.join().unwrap();
+        let [Request::Migrate(first), Request::Migrate(second)] = &asked[..] else { panic!("{asked:?}") };
+        assert_eq!((first.cold, second.cold), (false, true));
+        assert_eq!((first.to.as_str(), first.namespace.as_str()), ("node-b:7420", "k8s.io"));
+        assert_eq!((first.ignore_cpu, first.silence_seconds), (true, 7));
+
+        let socket = dir.path().join("no.sock");
+        let agent = fake_agent(&socket, vec![stopped()]);
+        let (common, verb) = migrate(&socket, false);
+        let error = verb.run(&common).unwrap_err();
+        assert_eq!(error.code, ExitCode::NotRunning);
+        assert!(error.advice.contains("--cold"), "{}", error.advice);
+        assert_eq!(agent.join().unwrap().len(), 1);
     }
 
     #[test]

@@ -140,8 +140,7 @@ impl Common {
 
 /// The error of a verb whose request was answered with another verb's reply.
 pub(crate) fn unexpected(reply: &Reply) -> ErrorReport {
-    let mut text = format!("{reply:?}");
-    text.truncate(text.floor_char_boundary(80));
+    let text: String = format!("{reply:?}").chars().take(80).collect();
     ErrorReport::new(ExitCode::Failed, format!("the agent gave another answer than was asked for: {text}"))
         .advice("command line and agent are of different versions: restart the agent")
 }

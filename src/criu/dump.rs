@@ -22,7 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::log;
 use super::page_server::{PageServer, PageSink};
-use super::rpc::{CriuOpts, CriuReq, PageServerInfo, ReqType};
+use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
 use super::swrk::{Spawn, Swrk};
 use super::version::Criu;
 
@@ -153,7 +153,12 @@ impl Criu {
             return Err(e.context("dumping the container"));
         }
         match answer {
-            Ok(answer) if answer.r#type == ReqType::Dump as i32 && answer.success => Ok(stats),
+            Ok(answer) if answer.r#type == ReqType::Dump as i32 && answer.success => {
+                if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
+                    super::cgroup_image::strip(request.images_dir)?;
+                }
+                Ok(stats)
+            }
             other => {
                 let log = request.work_dir.join(LOG_FILE);
                 let found = log::first_error_in(&log);

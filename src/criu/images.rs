@@ -15,7 +15,7 @@ use prost::Message;
 
 use super::page_server::{ImageKind, PE_PRESENT, PageEvent, page_size};
 
-const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
+pub(super) const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 /// No dump has more tasks and shared segments than this.
 const IMAGES_CAP: usize = 1 << 20;

@@ -94,6 +94,12 @@ const KNOWN: &[Known] = &[
         cause: Cause::CriuTooOld,
         hint: "this CRIU does not know a mapping of this kernel: CRIU 4.2 or later",
     },
+    // The kernel does not pass an io_uring's descriptor over a socket, which is how CRIU's parasite hands over all of them.
+    Known {
+        all: &["send_fds failed (-22)"],
+        cause: Cause::Unsupported,
+        hint: "a process holds an io_uring, which CRIU cannot dump; most programs have a setting to do without it",
+    },
     Known {
         all: &["io_uring"],
         cause: Cause::Unsupported,
@@ -190,7 +196,7 @@ const KNOWN: &[Known] = &[
         hint: "an open file differs from that on the source",
     },
     Known {
-        all: &["CPU"],
+        all: &["cpu: "],
         cause: Cause::Mismatch,
         hint: "the processor lacks features that the processes could be using",
     },
@@ -307,6 +313,47 @@ mod tests {
         let found = of(log).unwrap();
         assert_eq!(found.line, "File usr/bin/app has bad size 7 (expect 9)");
         assert_eq!(found.cause, Cause::Mismatch);
+    }
+
+    #[test]
+    fn causes_are_recognised_in_the_logs_of_criu_4_2_1() {
+        let rlimit = "(00.042957) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n";
+        for (log, line, cause, hint) in [
+            (
+                "pie: 26716: Error (criu/pie/parasite.c:588): send_fds failed (-22)\n(00.046151) Error (criu/parasite-syscall.c:280): Can't retrieve FDs",
+                "send_fds failed (-22)",
+                Cause::Unsupported,
+                "io_uring",
+            ),
+            (
+                "(00.037404) Error (criu/proc_parse.c:502): Unknown shit 600 (anon_inode:[io_uring])\n(00.03) Error (criu/proc_parse.c:738): Can't open",
+                "Unknown shit 600 (anon_inode:[io_uring])",
+                Cause::Unsupported,
+                "io_uring",
+            ),
+            (
+                "(00.053211) Error (criu/sk-inet.c:137): inet: Unsupported proto 262 for socket 8aefb",
+                "inet: Unsupported proto 262 for socket 8aefb",
+                Cause::Unsupported,
+                "MPTCP",
+            ),
+            (
+                "(00.075390) Error (criu/sk-inet.c:185): inet: In-flight connection (l) for 8b18d",
+                "inet: In-flight connection (l) for 8b18d",
+                Cause::Transient,
+                "accepted",
+            ),
+            (
+                "(00.044377) Error (criu/namespaces.c:460): Can't dump nested pid namespace for 27285",
+                "Can't dump nested pid namespace for 27285",
+                Cause::Unsupported,
+                "container in the container",
+            ),
+        ] {
+            let found = of(&format!("{rlimit}{log}\n")).unwrap();
+            assert_eq!((found.line.as_str(), found.cause), (line, cause));
+            assert!(found.hint.unwrap().contains(hint));
+        }
     }
 
     #[test]

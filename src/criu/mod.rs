@@ -16,6 +16,7 @@
 //!
 //! Everything here blocks; there is no tokio.
 
+mod cgroup_image;
 pub mod dump;
 pub mod gate;
 pub mod gate_server;

@@ -156,8 +156,8 @@ pub fn dump_options(spec: &Spec, facts: &Facts, limits: &Limits) -> Result<CriuO
     let cgroups = match namespace(spec, LinuxNamespaceType::Cgroup) {
         // CRIU 4.2 loses a private cgroup namespace when it ignores cgroups (runc #5417); runc passes the new root on restore.
         Some(None) => CgMode::Soft,
-        // Nothing about cgroups in the images, so that no restore can join the source's: the tasks inherit those of the restoring
-        // CRIU, which runc has put into the container's. (runc 1.1.15 rejects `ignore` on restore: its default does with such images.)
+        // No paths of cgroups in the images (see `cgroup_image`): the tasks inherit the cgroups of the restoring CRIU, which runc has put
+        // into the container's. Works with `runc restore`'s default mode, the only one of runc 1.1.
         _ => CgMode::Ignore,
     };
     Ok(CriuOpts {

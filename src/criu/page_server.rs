@@ -467,6 +467,7 @@ mod tests {
                     }
                     Step::Event(PageEvent::Hole { vaddr, pages, flags }) => Seen::Hole(vaddr, pages, flags),
                     Step::Event(PageEvent::Close) => Seen::Close,
+                    Step::Event(PageEvent::Idle) => unreachable!("the parser knows no time"),
                     Step::Reply(r) => Seen::Reply(r),
                 });
             }

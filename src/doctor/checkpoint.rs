@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::Finding;
 use crate::criu::Criu;
+use crate::criu::log::{Cause, Finding as Failure};
 
 /// What [`gather`] saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +30,8 @@ pub enum Facts {
 pub enum Trial {
     /// As it should.
     Worked,
-    /// CRIU failed, with its own first error line.
-    Failed(String),
+    /// CRIU failed, with its own first error line and what is known of it.
+    Failed(Failure),
     /// The trial itself could not be made.
     NotMade(String),
 }
@@ -42,14 +43,25 @@ pub fn gather(explicit: Option<&Path>, shim_path: Option<&str>) -> Facts {
         Ok(criu) => criu,
         Err(e) => return Facts::Missing(format!("{e:#}")),
     };
+    no_descriptor_for_children();
     let trial = match criu.works() {
         Ok(Ok(())) => Trial::Worked,
-        Ok(Err(finding)) => Trial::Failed(finding.to_string()),
+        Ok(Err(failure)) => Trial::Failed(failure),
         Err(e) => Trial::NotMade(format!("{e:#}")),
     };
     let shim_finds =
         explicit.is_some() || shim_path.is_none_or(|p| super::runtime::on_path("criu", p).is_some());
     Facts::Found { path: criu.path.clone(), version: criu.version.to_string(), trial, shim_finds }
+}
+
+/// Descriptors that this process was started with (a shell's, a CI runner's) must not reach the process that is dumped: they may be
+/// of another mount namespace, which CRIU rightly refuses.
+fn no_descriptor_for_children() {
+    // SAFETY: no pointers; nothing is closed, the descriptors only stay behind at an exec.
+    let rc = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if rc < 0 {
+        log::debug!("close_range: {}", std::io::Error::last_os_error());
+    }
 }
 
 /// The rules.
@@ -77,11 +89,18 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
     };
     let trial = match trial {
         Trial::Worked => Finding::ok("criu dump", "a process with connected TCP and unix sockets was dumped"),
-        Trial::Failed(line) => Finding::fail(
+        Trial::Failed(failure) => Finding::fail(
             "criu dump",
-            line.clone(),
-            "this CRIU cannot dump a process with a connected socket on this kernel, whatever `criu check` says: \
-             from Linux 6.16 on CRIU 4.2 or newer is needed",
+            failure.line.clone(),
+            match (&failure.hint, failure.cause) {
+                (Some(hint), _) => hint.clone(),
+                (None, Cause::Other | Cause::CriuTooOld) => {
+                    "this CRIU cannot dump a process with connected sockets on this kernel, whatever `criu check` says: \
+                     from Linux 6.16 on CRIU 4.2 or newer is needed"
+                        .into()
+                }
+                (None, cause) => format!("a process with connected sockets could not be dumped ({cause:?})"),
+            },
         ),
         Trial::NotMade(e) => {
             Finding::fail("criu dump", e.clone(), "the trial dump needs root and a network namespace")
@@ -103,7 +122,7 @@ mod tests {
     fn only_a_dump_that_worked_makes_criu_fit() {
         let last = |facts: &Facts| verdict(facts).pop().unwrap();
         assert_eq!(last(&found(Trial::Worked)).level, Level::Ok);
-        let failed = last(&found(Trial::Failed("sockets.c: Can't get 1:16 opt".into())));
+        let failed = last(&found(Trial::Failed(Failure::new("sockets.c: Can't get 1:16 opt"))));
         assert_eq!(failed.level, Level::Fail);
         assert!(failed.found.contains("1:16"), "CRIU's own line is shown");
         assert_eq!(last(&found(Trial::NotMade("x".into()))).level, Level::Fail);

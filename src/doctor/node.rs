@@ -1,5 +1,6 @@
 //! This node as transship sees it: the agent's configuration, whether it answers, its certificates, the bridge.
 
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -66,15 +67,41 @@ fn ask_agent(socket: &Path) -> Result<String, String> {
     }
 }
 
+/// Asks the kernel and not /sys, which shows the network namespace that it was mounted from.
 fn find_bridge(name: &str) -> Result<(), String> {
-    let link = Path::new("/sys/class/net").join(name);
-    if !link.exists() {
-        Err(format!("there is no link {name}"))
-    } else if !link.join("bridge").exists() {
-        Err(format!("{name} is no bridge"))
-    } else {
-        Ok(())
+    if nix::net::if_::if_nametoindex(name).is_err() {
+        return Err(format!("there is no link {name}"));
     }
+    match driver_of(name) {
+        Ok(driver) if driver == "bridge" => Ok(()),
+        Ok(driver) => Err(format!("{name} is no bridge but {driver}")),
+        Err(e) => Err(format!("{name} is no bridge ({e})")),
+    }
+}
+
+/// The driver's name that the link gives to ethtool.
+fn driver_of(name: &str) -> std::io::Result<String> {
+    // linux/ethtool.h: struct ethtool_drvinfo is 196 bytes, `cmd` first and then `driver`.
+    const ETHTOOL_GDRVINFO: u32 = 3;
+    #[repr(C, align(4))]
+    struct Info([u8; 196]);
+    let mut info = Info([0; 196]);
+    info.0[..4].copy_from_slice(&ETHTOOL_GDRVINFO.to_ne_bytes());
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays 0: longer names are no links.
+    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = info.0.as_mut_ptr().cast();
+    // SAFETY: the request points at a structure of the size that the command fills in, which outlives the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    let driver = &info.0[4..36];
+    let end = driver.iter().position(|b| *b == 0).unwrap_or(driver.len());
+    Ok(String::from_utf8_lossy(&driver[..end]).into_owned())
 }
 
 fn read_certificates(dir: &Path) -> Result<Certificates> {
@@ -212,6 +239,12 @@ mod tests {
         assert!((89..=90).contains(&read.days_left), "{}", read.days_left);
         std::fs::copy(other.join(CA_CERT), node.join(CA_CERT)).unwrap();
         assert!(format!("{:#}", read_certificates(&node).unwrap_err()).contains("not issued"));
+    }
+
+    #[test]
+    fn what_is_no_bridge_is_told_apart() {
+        assert!(find_bridge("no-such-link").unwrap_err().contains("no link"));
+        assert!(find_bridge("lo").unwrap_err().contains("no bridge"));
     }
 
     #[test]

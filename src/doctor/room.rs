@@ -4,8 +4,6 @@ use std::path::{Path, PathBuf};
 
 use super::Finding;
 
-/// `f_type` of tmpfs and ramfs (statfs(2)).
-const MEMORY_FILESYSTEMS: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 /// Below this the node can take only small containers, in bytes.
 const LITTLE: u64 = 256 << 20;
 
@@ -14,7 +12,7 @@ const LITTLE: u64 = 256 << 20;
 pub struct Facts {
     /// The directory asked about.
     pub dir: PathBuf,
-    /// Lies in memory.
+    /// Lies on a tmpfs.
     pub in_memory: bool,
     /// Bytes free there.
     pub free: u64,
@@ -30,7 +28,7 @@ pub fn gather(dir: &Path) -> Facts {
     let nearest = dir.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
     match nix::sys::statfs::statfs(nearest) {
         Ok(fs) => {
-            facts.in_memory = MEMORY_FILESYSTEMS.contains(&(fs.filesystem_type().0 as i64));
+            facts.in_memory = fs.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC;
             facts.free = fs.blocks_available() * fs.block_size() as u64;
         }
         Err(e) => facts.error = Some(format!("{}: {e}", nearest.display())),

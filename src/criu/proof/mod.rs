@@ -91,7 +91,7 @@ fn a_container_moves_is_refused_and_moves_again() {
 }
 
 fn sh(line: &str) -> Result<String> {
-    let out = Command::new("bash").args(["-c", line]).output()?;
+    let out = Command::new("bash").args(["-ec", line]).output()?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     ensure!(out.status.success(), "{line}: {} {}", text, String::from_utf8_lossy(&out.stderr));
     Ok(text)
@@ -131,7 +131,8 @@ struct Client {
 impl Client {
     fn ask(&mut self) -> Result<String> {
         self.asked += 1;
-        writeln!(self.stream.get_mut(), "{}", self.asked)?;
+        // One segment: Nagle.
+        self.stream.get_mut().write_all(format!("{}\n", self.asked).as_bytes())?;
         let mut line = String::new();
         self.stream.read_line(&mut line)?;
         ensure!(
@@ -189,6 +190,11 @@ impl Bed {
              ip -n {name} addr add 10.9.0.{n}/24 dev eth0; ip -n {name} link set eth0 up; ip link set p-{name} down"
         ))
         .map(drop)
+    }
+
+    /// The link first: a namespace is taken down some time after its name has gone.
+    fn drop_netns(&self, name: &str) -> Result<()> {
+        sh(&format!("ip link del p-{name}; ip netns del {name}")).map(drop)
     }
 
     fn link(&self, name: &str, state: &str) -> Result<()> {
@@ -357,7 +363,7 @@ impl Bed {
             ensure!(self.runc(&["state", id]).is_err(), "a container is left");
             freezer.thaw()?;
             self.link(&from.netns, "up")?;
-            sh(&format!("ip netns del {netns}"))?;
+            self.drop_netns(netns)?;
             return Ok(None);
         }
         freezer.kill_all(SOON)?;
@@ -377,10 +383,41 @@ impl Bed {
             opened.elapsed()
         );
         self.runc(&["delete", "--force", &from.id])?;
-        sh(&format!("ip netns del {}", from.netns))?;
+        self.drop_netns(&from.netns)?;
         gate_server::remove(&bundle)?;
         let pid = fs::read_to_string(bundle.join("pid"))?.parse()?;
         Ok(Some(Container { id: id.into(), netns: netns.into(), bundle, pid }))
+    }
+
+    /// The network fails in the middle of the pages, or the writable layer at the end: CRIU ends properly and the source goes on.
+    fn failing_dumps(&self, from: &Container) -> Result<()> {
+        let spec = oci_spec::runtime::Spec::load(from.bundle.join("config.json"))?;
+        for in_pages in [true, false] {
+            let dir = tempfile::tempdir_in(&from.bundle)?;
+            let freezer = Freezer::of_pid(from.pid)?;
+            freezer.freeze(SOON)?;
+            let facts = Facts::gather(&spec, from.pid, &from.bundle.join("rootfs"), freezer.path())?;
+            let mut request = DumpRequest {
+                opts: dump_options(&spec, &facts, &Limits::default())?,
+                images_dir: dir.path(),
+                work_dir: dir.path(),
+                descriptors: &stdio::descriptors(None, from.pid)?,
+                on_post_dump: Some(&mut || anyhow::bail!("cut")),
+                netns: None,
+                path_first: None,
+            };
+            let mut events = 0;
+            let result = self.criu.dump(&mut request, &mut |_| {
+                events += 1;
+                ensure!(!in_pages || events < 5, "cut");
+                Ok(())
+            });
+            ensure!(freezer.is_frozen()?, "not frozen after a failed dump");
+            freezer.thaw()?;
+            let said = format!("{:#}", result.expect_err("fails"));
+            ensure!(said == "dumping the container: cut", "{said}");
+        }
+        Ok(())
     }
 
     fn restore(
@@ -421,6 +458,8 @@ impl Bed {
         ensure!(self.move_to(&second, "m2", "n2", true)?.is_none(), "refused");
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
+        self.failing_dumps(&second)?;
+        self.ask(&mut client, 50)?;
         let third = self.move_to(&second, "m3", "n3", false)?.context("moved")?;
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
@@ -436,7 +475,9 @@ impl Bed {
         self.runc(&["delete", &third.id])?;
         self.runc(&["delete", "--force", &twin.id])?;
         ensure!(self.runc(&["list", "-q"])?.is_empty(), "containers are left");
-        sh("ip netns del n3; ip netns del t; ip netns del c; ip link del br0").map(drop)
+        self.drop_netns("n3")?;
+        self.drop_netns("t")?;
+        sh("ip link del pc; ip netns del c; ip link del br0").map(drop)
     }
 }
 
