@@ -7,6 +7,7 @@
 //! | [`server`] | the port for peers and the unix socket: who gets in, and to whom they are handed |
 //! | [`message`], [`link`] | what agents say to each other, and how |
 //! | [`peer`] | dialling another agent |
+//! | [`examine`] | what there is to know of a container before it is moved |
 //! | [`source`] | `migrate`: this node gives a container away |
 //! | [`destination`] | this node takes a container |
 //! | [`placement`] | making a container here step by step |
@@ -23,6 +24,9 @@
 //! No byte of a running container's memory passes through here: the shims speak with each other
 //! ([`crate::migrate`]).
 
+// one error a request, and it is read by a person: its size does not matter
+#![allow(clippy::result_large_err)]
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
@@ -34,6 +38,7 @@ use tokio::sync::Semaphore;
 pub mod api;
 pub mod config;
 pub mod destination;
+pub mod examine;
 pub mod host;
 pub mod layer;
 pub mod leftovers;

@@ -40,7 +40,7 @@ pub fn is_host(pid: u32) -> bool {
 
 /// Builds a network at `path`, fenced; blocking.
 pub fn build(config: &NetConfig, path: &Path, bridge: Option<&str>) -> Result<()> {
-    let attach = Attach { bridge: bridge.map(str::to_string), ..Attach::default() };
+    let attach = Attach { bridge: bridge.map(str::to_string) };
     net::build(config, path, &attach).with_context(|| format!("building the network {}", path.display()))
 }
 

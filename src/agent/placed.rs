@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::netns::{gone, key};
 use crate::{
     containerd::Namespace,
-    control::{RUN_DIR, incoming_marker},
+    control::{RUN_DIR, incoming_marker, socket_path},
     net,
 };
 
@@ -41,6 +42,8 @@ pub enum Step {
     Container,
     /// The marker for the shim.
     Marker,
+    /// Images, which the shim makes, and removes unless it dies.
+    Images(PathBuf),
     /// The task.
     Task,
 }
@@ -167,6 +170,16 @@ impl Placed {
             Step::Snapshot => containerd.snapshot_remove(&self.snapshotter, &self.snapshot_key).await,
             Step::Container => containerd.container_delete(&self.id).await,
             Step::Task => containerd.task_remove(&self.id, END_LIMIT).await,
+            Step::Images(dir) => {
+                gone(fs::remove_dir_all(dir)).with_context(|| format!("removing {}", dir.display()))?;
+                // a shim that was killed leaves its socket; one that lives would still be there for its task
+                let socket = socket_path(&self.namespace, &self.id);
+                match UnixStream::connect(&socket) {
+                    Ok(_) => Ok(()),
+                    Err(_) => gone(fs::remove_file(&socket))
+                        .with_context(|| format!("removing {}", socket.display())),
+                }
+            }
             Step::Places => {
                 let placed = self.clone();
                 tokio::task::spawn_blocking(move || placed.remove_places()).await.context("a thread")?

@@ -196,6 +196,7 @@ impl<'a> Placement<'a> {
         let marker = incoming_marker(&self.offer.namespace, self.id());
         self.placed.will(Step::Marker)?;
         write_marker(&marker, &self.migration, self.netns.as_deref())?;
+        self.placed.will(Step::Images(self.config.images_dir.join(&self.migration)))?;
         let (id, leased) = (self.id().to_string(), self.leased.clone());
         self.step(Step::Task, leased.task_create(&id, self.mounts.clone(), stdio)).await?;
         let inspected = crate::control::client::inspect(&self.offer.namespace, &id).await?;
@@ -215,7 +216,7 @@ impl<'a> Placement<'a> {
         let (namespace, id) = (self.offer.namespace.clone(), self.id().to_string());
         let fifos = netns::fifo_dir(&namespace, &id);
         let mut stdio = Stdio { terminal: self.offer.terminal, ..Stdio::default() };
-        let mut make = |name: &str| -> Result<String> {
+        let make = |name: &str| -> Result<String> {
             private_dir(&fifos)?;
             let path = fifos.join(name);
             nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))
@@ -235,7 +236,7 @@ impl<'a> Placement<'a> {
                 Some(format!("file://{}", dir.join(format!("{id}.log")).display()))
             }
         };
-        let mut place = |name: &str| output.clone().map_or_else(|| make(name), Ok);
+        let place = |name: &str| output.clone().map_or_else(|| make(name), Ok);
         if stdout {
             stdio.stdout = place("stdout")?;
         }
