@@ -32,7 +32,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use containerd_shim_protos::topics;
 
 /// Events that are kept while containerd is away; then the oldest go.
 const QUEUE: usize = 2048;
@@ -213,6 +212,8 @@ mod tests {
         },
     };
     use tokio::sync::mpsc;
+
+    use containerd_shim_protos::topics;
 
     use super::*;
 
