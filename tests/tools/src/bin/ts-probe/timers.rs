@@ -67,10 +67,6 @@ pub fn run(args: &Args) -> Result<(), String> {
             wrong += usize::from(read != 8);
         }
         before = now;
-        // the signals end a pause early
-        for _ in 0..10 {
-            transship_testtools::signals::pause(std::time::Duration::from_millis(20));
-        }
         Ok(format!("wrong={wrong}"))
     })
 }
