@@ -8,6 +8,7 @@
 //! | `client.rs` | the redis client outside of the nodes |
 //! | `moves.rs` | migrations through the command line |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
+//! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
 //!
 //! Every scenario runs once for each containerd (`c17::name`, `c21::name`), one after the other; those of one containerd share a
@@ -19,6 +20,7 @@ mod container;
 mod moves;
 mod requirements;
 mod scenarios;
+mod traffic;
 
 use std::sync::{Arc, Mutex};
 

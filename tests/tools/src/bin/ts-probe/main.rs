@@ -10,10 +10,14 @@ mod files;
 mod io_uring;
 mod memory;
 mod say;
+mod shared;
+mod stream;
 mod tcp;
 mod threads;
+mod timers;
 mod tree;
 mod unix_pair;
+mod zombie;
 
 use std::process::ExitCode;
 
@@ -23,6 +27,8 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   count [--stderr]           a counter on stdout (and stderr); lines from stdin come back as `in LINE`
   tcp-echo PORT              accept; both sides send numbered lines and check each other's
   tcp-connect HOST PORT      the other side of it, over one connection
+  stream PORT                accept; both sides send bytes as fast as they go and check each other's
+  stream-connect HOST PORT   the other side of it; [--blocks N] of 16 KiB, the same on both
   append FILE                append a numbered line each round, the file stays open
   check-append FILE          print how many lines it has; fail unless they are 1, 2, 3 ...
   deleted FILE MB            a file that is open but deleted
@@ -32,6 +38,9 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   unix-pair                  a socketpair between two processes
   threads N                  N threads, each with its own counter
   tree N                     N children with a child each, all answering through pipes
+  shared                     memory shared between two processes
+  timers                     timers of every kind
+  zombie                     a child that ended and was not waited for
   sleep                      nothing";
 
 fn run() -> Result<(), String> {
@@ -45,6 +54,11 @@ fn run() -> Result<(), String> {
         "count" => count::run(&args),
         "tcp-echo" => tcp::listen(&mut args),
         "tcp-connect" => tcp::connect(&mut args),
+        "stream" => stream::listen(&mut args),
+        "stream-connect" => stream::connect(&mut args),
+        "shared" => shared::run(&args),
+        "timers" => timers::run(&args),
+        "zombie" => zombie::run(&args),
         "append" => files::append(&mut args),
         "check-append" => check::append(&mut args),
         "deleted" => deleted::run(&mut args),
