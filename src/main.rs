@@ -1,3 +1,5 @@
 //! The binary `transship`: the operator's command line and the node's agent. Everything lives in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    transship::cli::main()
+}

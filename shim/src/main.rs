@@ -1,3 +1,88 @@
-//! The binary `containerd-shim-transship-v2`.
+//! The binary `containerd-shim-transship-v2`: a containerd shim v2 that wraps stock runc and can move its containers to another node.
+//!
+//! # Layout
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `bootstrap` | the short actions: `start`, `delete`, `-info`, `-v` |
+//! | `detect` | which Task API the calling containerd speaks |
+//! | `group` | which containers share a shim |
+//! | `server` | the long-lived process: ttrpc server, log, signals |
+//! | `service` | the Task API, call by call |
+//! | `container`, `lifecycle`, `control`, `exec`, `checkpoint` | a container and what is done with it |
+//! | `process`, `state` | one process, its states |
+//! | `runc`, `command`, `reaper` | running runc; waiting for children |
+//! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
+//! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
+//! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
+//! | `hooks`, `migration` | where the migration hooks in; sending and receiving containers |
 
-fn main() {}
+mod bootstrap;
+mod bundle;
+mod checkpoint;
+mod command;
+mod console;
+mod container;
+mod control;
+mod detect;
+mod errors;
+mod events;
+mod exec;
+mod group;
+mod hooks;
+mod io;
+mod lifecycle;
+mod migration;
+mod mounts;
+mod oom;
+mod options;
+mod process;
+mod reaper;
+mod runc;
+mod server;
+mod service;
+mod state;
+mod stats;
+mod stdio;
+#[cfg(test)]
+mod tests;
+
+use std::{process::ExitCode, sync::Arc};
+
+use anyhow::{Result, bail};
+
+fn main() -> ExitCode {
+    // the same executable is CRIU's gate during a restore: that has to be quick
+    if let Some(code) = transship::criu::gate::main_if_invoked() {
+        return code;
+    }
+    server::save_memory();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // containerd shows the stderr of a failed start to the user.
+            eprintln!("{}: {e:#}", bootstrap::RUNTIME_NAME);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = containerd_shim::parse(&args)?;
+    if flags.version {
+        bootstrap::version();
+        return Ok(());
+    }
+    if flags.info {
+        return bootstrap::info();
+    }
+    if flags.namespace.is_empty() {
+        bail!("shim namespace cannot be empty");
+    }
+    match flags.action.as_str() {
+        "start" => bootstrap::start(&flags),
+        "delete" => bootstrap::delete(&flags),
+        _ => server::run(&flags, Arc::new(migration::Migrations::default())),
+    }
+}

@@ -1,1 +1,166 @@
-//! The node's daemon.
+//! The node's daemon: the control plane of migrations.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | [`config`] | `/etc/transship/agent.toml` |
+//! | [`api`] | the unix socket for the command line: messages, exit codes, client |
+//! | [`server`] | the port for peers and the unix socket: who gets in, and to whom they are handed |
+//! | [`message`], [`link`] | what agents say to each other, and how |
+//! | [`peer`] | dialling another agent |
+//! | [`source`] | `migrate`: this node gives a container away |
+//! | [`destination`] | this node takes a container |
+//! | [`placement`] | making a container here step by step, and undoing it |
+//! | [`preflight`], [`host`], [`spec`] | does it fit here |
+//! | [`pending`] | one-time tickets; the data connections they let in |
+//! | [`layer`] | the writable layer of a container that does not run |
+//! | [`netns`] | network namespaces, and what is remembered of containers that came |
+//! | [`local`] | checkpoint, restore, resolve |
+//! | [`ps`] | the list of containers |
+//! | [`leftovers`] | what an earlier run left, and what goes with deleted containers |
+//! | [`reporter`] | what a client is told of a request's course |
+//!
+//! No byte of a running container's memory passes through here: the shims speak with each other
+//! ([`crate::migrate`]).
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result};
+use tokio::sync::Semaphore;
+
+pub mod api;
+pub mod config;
+pub mod destination;
+pub mod host;
+pub mod layer;
+pub mod leftovers;
+pub mod link;
+pub mod local;
+pub mod message;
+pub mod netns;
+pub mod peer;
+pub mod pending;
+pub mod placement;
+pub mod preflight;
+pub mod ps;
+pub mod reporter;
+pub mod server;
+pub mod source;
+pub mod spec;
+
+pub use config::Config;
+
+/// What all of the agent's tasks share.
+#[derive(Debug)]
+pub struct Agent {
+    /// The configuration.
+    pub config: Config,
+    /// This node's name.
+    pub node: String,
+    /// Data connections that are waited for.
+    pub pending: pending::Pending,
+    /// Containers that something is being done with.
+    pub busy: Busy,
+    /// Room for containers that arrive.
+    pub incoming: Semaphore,
+}
+
+/// Containers that something is being done with, and what. One thing at a time.
+#[derive(Clone, Debug, Default)]
+pub struct Busy(Arc<Mutex<HashMap<(String, String), String>>>);
+
+impl Busy {
+    /// Takes a container, if it is free; it is free again when the answer is dropped.
+    pub fn enter(&self, namespace: &str, id: &str, what: &str) -> Option<BusyGuard> {
+        let key = (namespace.to_string(), id.to_string());
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.contains_key(&key) {
+            return None;
+        }
+        all.insert(key.clone(), what.into());
+        Some(BusyGuard { busy: self.clone(), key })
+    }
+
+    /// What is being done with a container.
+    pub fn what(&self, namespace: &str, id: &str) -> Option<String> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&(namespace.to_string(), id.to_string())).cloned()
+    }
+}
+
+/// See [`Busy::enter`].
+#[derive(Debug)]
+pub struct BusyGuard {
+    busy: Busy,
+    key: (String, String),
+}
+
+impl Drop for BusyGuard {
+    fn drop(&mut self) {
+        self.busy.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+/// Runs the agent until SIGINT or SIGTERM, on a runtime of its own with one thread: nearly all of its time it waits.
+///
+/// # Errors
+/// As [`serve`].
+pub fn run(config: Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("starting the runtime")?.block_on(serve(config))
+}
+
+/// Serves until SIGINT or SIGTERM. Needs a tokio runtime with I/O and time; either flavour.
+///
+/// # Errors
+/// A socket cannot be opened, or the certificates cannot be read.
+pub async fn serve(config: Config) -> Result<()> {
+    let node = config.node_name();
+    // better now than at the first migration
+    config.pki().server(&[crate::tls::ALPN_CONTROL])?;
+    let agent = Arc::new(Agent {
+        node,
+        pending: pending::Pending::default(),
+        busy: Busy::default(),
+        incoming: Semaphore::new(config.max_incoming),
+        config,
+    });
+    leftovers::sweep(&agent).await;
+    let peers = server::bind_peers(&agent).await?;
+    let cli = server::bind_cli(&agent)?;
+    log::info!(
+        "agent of {}: peers on {}, command line on {}",
+        agent.node,
+        agent.config.listen,
+        agent.config.socket.display()
+    );
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .context("listening for SIGTERM")?;
+    tokio::select! {
+        _ = server::serve_peers(agent.clone(), peers) => {}
+        _ = server::serve_cli(agent.clone(), cli) => {}
+        () = leftovers::follow_deletions(agent.clone()) => {}
+        _ = terminate.recv() => log::info!("SIGTERM: going"),
+        _ = tokio::signal::ctrl_c() => log::info!("SIGINT: going"),
+    }
+    let _ = std::fs::remove_file(&agent.config.socket);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_thing_at_a_time() {
+        let busy = Busy::default();
+        let guard = busy.enter("default", "c", "leaving").unwrap();
+        assert!(busy.enter("default", "c", "x").is_none());
+        assert!(busy.enter("other", "c", "x").is_some());
+        assert_eq!(busy.what("default", "c").as_deref(), Some("leaving"));
+        drop(guard);
+        assert!(busy.enter("default", "c", "x").is_some());
+    }
+}

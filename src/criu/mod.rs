@@ -1,1 +1,39 @@
 //! CRIU's RPC, images and gates.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`rpc`] | the messages |
+//! | [`swrk`] | one CRIU worker process and the talk with it |
+//! | [`version`] | finding CRIU, its version |
+//! | [`probe`] | can this CRIU dump on this kernel? |
+//! | [`log`] | the first error line of a log, and what to do about it |
+//! | [`options`] | what a dump is asked for, so that stock `runc restore` takes the result |
+//! | [`stdio`] | `descriptors.json` |
+//! | [`dump`] | the dump itself |
+//! | [`page_server`] | CRIU's page server protocol, receiving end |
+//! | [`images`] | the destination's memory images |
+//! | [`gate`], [`gate_server`] | holding a stock `runc restore` at two places |
+//!
+//! Everything here blocks; there is no tokio.
+
+mod cgroup_image;
+pub mod dump;
+pub mod gate;
+pub mod gate_server;
+pub mod images;
+pub mod log;
+pub mod options;
+pub mod page_server;
+pub mod probe;
+#[cfg(test)]
+mod proof;
+pub mod rpc;
+pub mod stdio;
+pub mod swrk;
+pub mod version;
+
+pub use dump::{DumpRequest, DumpStats};
+pub use gate_server::GateServer;
+pub use images::PageStore;
+pub use page_server::{ImageKind, PageEvent};
+pub use version::{Criu, Version};

@@ -1,1 +1,47 @@
 //! Certificates and mutual TLS 1.3 between nodes.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | [`cert`] | making a CA and the nodes' certificates |
+//! | [`config`] | rustls configurations of a node, read from disk at each use; who the peer is |
+//! | [`peek`] | what a fresh connection wants (ALPN, SNI), without taking a byte from it |
+//!
+//! Sockets and messages are not here: the agent's are in [`crate::agent`], the shims' in [`crate::migrate`].
+
+pub mod cert;
+pub mod config;
+pub mod peek;
+
+pub use crate::migrate::protocol::{ALPN_CONTROL, ALPN_DATA, migration_of, server_name as migration_name};
+
+/// Fills a buffer with random bytes fit for secrets.
+///
+/// # Errors
+/// The system's random source does not answer.
+pub fn random(buffer: &mut [u8]) -> anyhow::Result<()> {
+    let provider = rustls::crypto::ring::default_provider();
+    provider.secure_random.fill(buffer).map_err(|_| anyhow::anyhow!("the system's random source failed"))
+}
+
+/// `bytes` random bytes in hexadecimal.
+///
+/// # Errors
+/// As [`random`].
+pub fn random_hex(bytes: usize) -> anyhow::Result<String> {
+    let mut buffer = vec![0; bytes];
+    random(&mut buffer)?;
+    Ok(buffer.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_differ() {
+        let (a, b) = (random_hex(16).unwrap(), random_hex(16).unwrap());
+        assert_ne!(a, b);
+        assert_eq!(a.len(), 32);
+        assert_eq!(migration_of(&migration_name(&a)), Some(a.as_str()));
+    }
+}

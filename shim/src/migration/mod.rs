@@ -1,0 +1,156 @@
+//! The migration service of the shim: one control socket per container (see [`transship::control`]), on which the node's
+//! agent asks to send, receive, checkpoint or restore it.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | `mod.rs` | the sockets' life and what is known of each container's migration |
+//! | `serve` | one request: read, dispatched, answered |
+//! | `source` | the container as the library's `SourceTask` |
+//! | `destination` | the container as the library's `DestinationTask` |
+//!
+//! The work itself is the library's; here it is tied to the shim's containers, runc and stdio. Each request runs in a thread
+//! of its own with blocking I/O, so that a long dump stalls nobody; the shim's runtime is entered through its handle.
+
+mod destination;
+mod serve;
+mod source;
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::task::JoinHandle;
+use transship::{
+    control::{self, MigrationState},
+    migrate::{abort::Abort, source::Still},
+};
+
+use crate::{container::Container, hooks::Hooks};
+
+/// What is known of one container's migration; shared by the threads that serve its socket.
+#[derive(Default)]
+pub struct Slot(Mutex<SlotState>);
+
+#[derive(Default)]
+struct SlotState {
+    migration: MigrationState,
+    abort: Option<Abort>,
+    undecided: Option<Still>,
+}
+
+impl Slot {
+    fn state(&self) -> MutexGuard<'_, SlotState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the container stands between two nodes.
+    pub fn migration(&self) -> MigrationState {
+        self.state().migration.clone()
+    }
+
+    /// Notes where it stands now.
+    fn set(&self, migration: MigrationState) {
+        self.state().migration = migration;
+    }
+
+    /// Begins a migration that `abort` can end; refused while another one is in progress.
+    fn begin(&self, migration: MigrationState, abort: Abort) -> Result<(), String> {
+        let mut state = self.state();
+        if state.abort.is_some() || state.undecided.is_some() {
+            return Err(format!("another migration of this container is in progress ({:?})", state.migration));
+        }
+        (state.migration, state.abort) = (migration, Some(abort));
+        Ok(())
+    }
+
+    /// Ends it, however it went.
+    fn end(&self, migration: MigrationState) {
+        let mut state = self.state();
+        (state.migration, state.abort) = (migration, None);
+    }
+}
+
+struct Listening {
+    path: PathBuf,
+    task: JoinHandle<()>,
+    slot: Arc<Slot>,
+}
+
+/// The control sockets of all containers of this shim.
+#[derive(Default)]
+pub struct Migrations(Mutex<HashMap<String, Listening>>);
+
+impl Migrations {
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Listening>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Hooks for Migrations {
+    fn created(&self, container: &Arc<Container>) {
+        let path = control::socket_path(&container.shared.namespace, &container.id);
+        let listener = match listen(&path) {
+            Ok(listener) => listener,
+            Err(e) => {
+                // the container itself works; it just cannot be moved
+                log::error!("control socket {} of {}: {e}", path.display(), container.id);
+                return;
+            }
+        };
+        let slot = Arc::new(Slot::default());
+        let task = container.shared.runtime.spawn(accept(listener, container.clone(), slot.clone()));
+        self.table().insert(container.id.clone(), Listening { path, task, slot });
+    }
+
+    fn deleted(&self, container: &Arc<Container>) {
+        if let Some(listening) = self.table().remove(&container.id) {
+            listening.task.abort();
+            if let Some(abort) = &listening.slot.state().abort {
+                abort.ask();
+            }
+            fs::remove_file(&listening.path).ok();
+        }
+    }
+}
+
+fn listen(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    }
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(listener)
+}
+
+async fn accept(listener: tokio::net::UnixListener, container: Arc<Container>, slot: Arc<Slot>) {
+    loop {
+        let stream = match listener.accept().await.and_then(|(s, _)| s.into_std()) {
+            Ok(stream) => stream,
+            Err(e) => {
+                log::warn!("control socket of {}: {e}", container.id);
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (container, slot) = (container.clone(), slot.clone());
+        let name = format!("move-{}", &container.id[..container.id.len().min(8)]);
+        let spawned = std::thread::Builder::new().name(name).spawn(move || {
+            if let Err(e) = stream.set_nonblocking(false).map_err(Into::into).and_then(|()| serve::serve(&stream, &container, &slot)) {
+                log::warn!("control request for {}: {e:#}", container.id);
+            }
+        });
+        if let Err(e) = spawned {
+            log::error!("starting a thread for a control request: {e}");
+        }
+    }
+}

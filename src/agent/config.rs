@@ -1,0 +1,221 @@
+//! The agent's configuration: `/etc/transship/agent.toml`. Every key has a default; unknown keys are errors.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::{
+    containerd::client::DEFAULT_SOCKET as CONTAINERD_SOCKET,
+    control::{Limits, RUN_DIR},
+    tls::config::{DEFAULT_DIR as PKI_DIR, Pki},
+};
+
+/// Where the configuration is looked for.
+pub const DEFAULT_PATH: &str = "/etc/transship/agent.toml";
+
+/// The port on which agents listen.
+pub const DEFAULT_PORT: u16 = 7420;
+
+/// Where the output of a container goes that came from another node.
+#[derive(Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum StdioPolicy {
+    /// Appended to `<log_dir>/<namespace>/<id>.log`.
+    #[default]
+    Log,
+    /// Into FIFOs below `/run/transship/fifo`, for a program of the user's to read.
+    Fifo,
+}
+
+/// The agent's configuration.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where peers connect.
+    pub listen: SocketAddr,
+    /// This node's name in reports; empty: the one in its certificate.
+    pub node: String,
+    /// The directory with `ca.pem`, `node.pem` and `node.key`.
+    pub pki: PathBuf,
+    /// containerd's socket.
+    pub containerd: PathBuf,
+    /// The socket for the command line.
+    pub socket: PathBuf,
+    /// The bridge to which the containers' networks are attached on this node.
+    pub bridge: Option<String>,
+    /// Where images live while a migration lasts; on a tmpfs.
+    pub images_dir: PathBuf,
+    /// The largest open-but-deleted file that is moved, in bytes.
+    pub ghost_limit: u32,
+    /// Silence of a peer that ends a phase, in seconds.
+    pub silence_seconds: u64,
+    /// Directories and files of this node that a container from another node may have bind-mounted (each with all
+    /// below it).
+    pub host_mounts: Vec<PathBuf>,
+    /// Where the output of containers from other nodes goes.
+    pub stdio: StdioPolicy,
+    /// See [`StdioPolicy::Log`].
+    pub log_dir: PathBuf,
+    /// CRIU's path; else `$TRANSSHIP_CRIU`, else `criu` in PATH.
+    pub criu: Option<PathBuf>,
+    /// Names of the nodes that may move containers here; empty: every node with a certificate of our CA.
+    pub accept_from: Vec<String>,
+    /// The most containers that may arrive at the same time.
+    pub max_incoming: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT)),
+            node: String::new(),
+            pki: PKI_DIR.into(),
+            containerd: CONTAINERD_SOCKET.into(),
+            socket: super::api::DEFAULT_SOCKET.into(),
+            bridge: None,
+            images_dir: Path::new(RUN_DIR).join("images"),
+            ghost_limit: 64 << 20,
+            silence_seconds: 10,
+            host_mounts: Vec::new(),
+            stdio: StdioPolicy::Log,
+            log_dir: "/var/log/transship".into(),
+            criu: None,
+            accept_from: Vec::new(),
+            max_incoming: 32,
+        }
+    }
+}
+
+impl Config {
+    /// Reads the file. A missing file is fine if its path is the default one: everything has a default.
+    pub fn load(path: &Path) -> Result<Config> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse(&text).with_context(|| path.display().to_string()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && path == Path::new(DEFAULT_PATH) => {
+                Ok(Config::default())
+            }
+            Err(e) => Err(e).with_context(|| path.display().to_string()),
+        }
+    }
+
+    /// Reads a configuration's text.
+    pub fn parse(text: &str) -> Result<Config> {
+        let config: Config = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(self.silence_seconds >= 1, "silence_seconds: at least 1");
+        ensure!(self.max_incoming >= 1, "max_incoming: at least 1");
+        let paths = [&self.pki, &self.containerd, &self.socket, &self.images_dir, &self.log_dir];
+        for path in paths.into_iter().chain(&self.criu).chain(&self.host_mounts) {
+            ensure!(path.is_absolute(), "{}: not an absolute path", path.display());
+        }
+        if let Some(bridge) = &self.bridge {
+            let fine = !bridge.is_empty() && bridge.len() < 16 && !bridge.contains(['/', ' ']);
+            ensure!(fine, "bridge: {bridge:?} is no name of a link");
+        }
+        Ok(())
+    }
+
+    /// The directory of certificates.
+    pub fn pki(&self) -> Pki {
+        Pki::new(&self.pki)
+    }
+
+    /// This node's name: as configured, else as in its certificate, else its host name.
+    pub fn node_name(&self) -> String {
+        if !self.node.is_empty() {
+            return self.node.clone();
+        }
+        self.pki().node_name().unwrap_or_else(|_| {
+            nix::unistd::gethostname().map_or_else(|_| "?".into(), |n| n.to_string_lossy().into_owned())
+        })
+    }
+
+    /// How long a peer may be silent; a request may ask for another limit (0: none asked), between 1 s and 10 minutes.
+    pub fn silence(&self, asked_seconds: u64) -> Duration {
+        let seconds = if asked_seconds == 0 { self.silence_seconds } else { asked_seconds };
+        Duration::from_secs(seconds.clamp(1, 600))
+    }
+
+    /// What the shims have to keep to.
+    /// `memory_cap`: bytes of memory that a container may bring along.
+    pub fn limits(&self, asked_seconds: u64, asked_ghost: u64, memory_cap: u64) -> Limits {
+        Limits {
+            silence_s: self.silence(asked_seconds).as_secs(),
+            ghost_limit: match asked_ghost {
+                0 => self.ghost_limit,
+                asked => u32::try_from(asked).unwrap_or(u32::MAX),
+            },
+            criu: self.criu.clone(),
+            memory_cap,
+            images_dir: self.images_dir.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+        assert_eq!(Config::default().listen.port(), 7420);
+    }
+
+    #[test]
+    fn every_key() {
+        let text = r#"
+            listen = "[::]:7000"
+            node = "node-a"
+            pki = "/p"
+            containerd = "/c.sock"
+            socket = "/s.sock"
+            bridge = "cni0"
+            images_dir = "/i"
+            ghost_limit = 1
+            silence_seconds = 3
+            host_mounts = ["/srv"]
+            stdio = "fifo"
+            log_dir = "/l"
+            criu = "/opt/criu/bin/criu"
+            accept_from = ["node-b"]
+            max_incoming = 2
+        "#;
+        let config = Config::parse(text).unwrap();
+        assert_eq!((config.stdio, config.bridge.as_deref()), (StdioPolicy::Fifo, Some("cni0")));
+        assert_eq!(config.silence(0), Duration::from_secs(3));
+        assert_eq!(config.silence(9999), Duration::from_secs(600));
+        assert_eq!(config.limits(0, 0, 1).ghost_limit, 1);
+        assert_eq!(config.limits(5, 1 << 40, 1).ghost_limit, u32::MAX);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, word) in [
+            ("bridgee = 'x'", "bridgee"),
+            ("listen = 'x'", "listen"),
+            ("pki = 'p'", "absolute"),
+            ("silence_seconds = 0", "silence_seconds"),
+            ("bridge = 'a/b'", "bridge"),
+            ("host_mounts = ['x']", "absolute"),
+            ("stdio = 'tape'", "tape"),
+        ] {
+            let error = format!("{:#}", Config::parse(text).unwrap_err());
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn only_the_default_file_may_be_missing() {
+        assert!(Config::load(Path::new("/nonexistent.toml")).is_err());
+    }
+}

@@ -1,0 +1,319 @@
+//! Requests that need no peer: `checkpoint`, `restore`, `resolve`.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
+};
+
+use anyhow::{Context, Result};
+
+use super::{
+    Agent,
+    api::{
+        CheckpointReport, CheckpointRequest, Decision, ErrorReport, Event, ExitCode, Reply, ResolveRequest,
+        RestoreReport, RestoreRequest,
+    },
+    destination::{follow, no_blobs},
+    message::{Offer, Refusal},
+    netns,
+    placement::{Placement, plain, situation},
+    preflight,
+    reporter::Reporter,
+    source::{describe, image_of},
+    spec,
+};
+use crate::{
+    containerd::{
+        Containerd, Namespace,
+        task::{Status, Task},
+    },
+    control::{self, MigrationState, ReceiveRequest},
+    migrate::{archive, protocol::Failure},
+    tls::random_hex,
+};
+
+type Outcome<T> = Result<T, ErrorReport>;
+
+fn internal(error: anyhow::Error) -> ErrorReport {
+    ErrorReport::new(ExitCode::Failed, format!("{error:#}"))
+}
+
+fn refused(refusal: Refusal) -> ErrorReport {
+    ErrorReport::new(ExitCode::Refused, refusal.message).advice(refusal.advice)
+}
+
+async fn containerd(agent: &Agent, namespace: &str) -> Outcome<Namespace> {
+    let connection = Containerd::connect(&agent.config.containerd).await.map_err(internal)?;
+    connection.namespace(namespace).map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{e:#}")))
+}
+
+fn end(agent: &Agent, reporter: &mut Reporter, result: Outcome<Reply>) {
+    reporter.end(result.map_err(|mut error| {
+        if error.node.is_empty() {
+            error.node.clone_from(&agent.node);
+        }
+        if error.phase.is_empty() {
+            error.phase = reporter.phase_name();
+        }
+        error
+    }));
+}
+
+/// Writes a container's state to a file.
+pub async fn checkpoint(agent: &Agent, request: CheckpointRequest, reporter: &mut Reporter) {
+    let id = request.container.clone();
+    let result = match agent.busy.enter(&request.namespace, &id, "being checkpointed") {
+        None => Err(ErrorReport::new(ExitCode::Busy, format!("{id} is busy with a migration or checkpoint"))),
+        Some(_busy) => try_checkpoint(agent, &request, reporter).await,
+    };
+    end(agent, reporter, result.map(Reply::Checkpointed));
+}
+
+async fn try_checkpoint(
+    agent: &Agent,
+    request: &CheckpointRequest,
+    reporter: &mut Reporter,
+) -> Outcome<CheckpointReport> {
+    reporter.phase("preflight");
+    let id = &request.container;
+    let containerd = containerd(agent, &request.namespace).await?;
+    let Some(record) = containerd.container(id).await.map_err(internal)? else {
+        let message = format!("no container {id} in namespace {}", request.namespace);
+        return Err(ErrorReport::new(ExitCode::NotFound, message));
+    };
+    let task: Option<Task> = containerd.task(id).await.map_err(internal)?;
+    let Some(task) = task.filter(|t| matches!(t.status, Status::Running | Status::Paused)) else {
+        return Err(ErrorReport::new(ExitCode::NotRunning, format!("{id} does not run")));
+    };
+    let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
+        ErrorReport::new(ExitCode::Refused, format!("{id} does not run under transship: {error:#}"))
+    })?;
+    preflight::check_movable(&record.spec).map_err(refused)?;
+    let (image, closure, layer) = image_of(&containerd, &record).await.map_err(internal)?;
+    let mut offer = Offer {
+        namespace: request.namespace.clone(),
+        image,
+        blobs: closure.blobs.clone(),
+        chain: closure.chain_id().to_string(),
+        layer,
+        terminal: spec::terminal(&record.spec),
+        record,
+        ..Offer::default()
+    };
+    describe(agent, &containerd, &mut offer, Some(&task), Some(&inspected)).await.map_err(internal)?;
+    let file = OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(&request.output);
+    let file = file.map_err(|e| {
+        ErrorReport::new(ExitCode::Usage, format!("{}: {e}", request.output.display()))
+            .advice("name a file that does not exist, in a directory that does")
+    })?;
+    reporter.phase("dump");
+    let report = write(agent, request, offer, &file, reporter).await.inspect_err(|_| {
+        if let Err(error) = fs::remove_file(&request.output) {
+            log::warn!("removing {}: {error}", request.output.display());
+        }
+    })?;
+    Ok(CheckpointReport {
+        container: id.clone(),
+        output: request.output.clone(),
+        bytes: file.metadata().map_or(0, |m| m.len()),
+        freeze_ms: report.freeze_ms,
+        running: request.leave_running,
+        warnings: report.warnings,
+    })
+}
+
+async fn write(
+    agent: &Agent,
+    request: &CheckpointRequest,
+    offer: Offer,
+    file: &File,
+    reporter: &mut Reporter,
+) -> Outcome<crate::migrate::report::Report> {
+    let id = &request.container;
+    let start = async {
+        let asked = control::CheckpointRequest {
+            migration_id: random_hex(16)?,
+            node: agent.node.clone(),
+            stop: !request.leave_running,
+            container: serde_json::to_value(&offer)?,
+            limits: agent.config.limits(0, 0, u64::MAX),
+        };
+        let fds = vec![file.try_clone()?.into()];
+        control::client::call(&request.namespace, id, control::Request::Checkpoint(asked), fds).await
+    };
+    let mut events = start.await.map_err(internal)?;
+    while let Some(event) = events.recv().await {
+        match event {
+            control::Event::Phase { phase } => reporter.phase(&phase),
+            control::Event::Progress { bytes } => reporter.progress("memory", bytes, None),
+            control::Event::Warning { message } => reporter.say(Event::Warning { message }),
+            control::Event::Done { report } => return Ok(report),
+            control::Event::Failed { failure, state } => {
+                let mut error =
+                    ErrorReport::new(ExitCode::DumpFailed, failure.message).advice(failure.advice);
+                error.phase = failure.phase;
+                error.state = match state.as_str() {
+                    "running" => format!("{id} runs as before; the file was removed"),
+                    other => format!("{id} is {other}; the file was removed"),
+                };
+                return Err(error);
+            }
+            _ => {}
+        }
+    }
+    let mut error = ErrorReport::new(ExitCode::DumpFailed, format!("the shim of {id} died"));
+    error.state = "unknown: look at `transship ps`; the file was removed".into();
+    Err(error)
+}
+
+/// Makes a container of a checkpoint file.
+pub async fn restore(agent: &Agent, request: RestoreRequest, reporter: &mut Reporter) {
+    let result = try_restore(agent, &request, reporter).await;
+    end(agent, reporter, result.map(Reply::Restored));
+}
+
+async fn try_restore(
+    agent: &Agent,
+    request: &RestoreRequest,
+    reporter: &mut Reporter,
+) -> Outcome<RestoreReport> {
+    reporter.phase("preflight");
+    let path = request.file.clone();
+    let mut file = File::open(&path)
+        .map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{}: {e}", path.display())))?;
+    let bad = |error: anyhow::Error| {
+        ErrorReport::new(ExitCode::BadFile, format!("{}: {error:#}", request.file.display()))
+    };
+    // the whole file is read once: nothing is made of a damaged one; then again, behind its manifest
+    let opened = tokio::task::spawn_blocking(move || -> Result<_> {
+        archive::verify(&mut file)?;
+        let manifest = archive::open(&mut file)?;
+        Ok((file, manifest))
+    });
+    let (file, manifest) = opened.await.context("a thread").and_then(|r| r).map_err(bad)?;
+    let mut offer: Offer = serde_json::from_value(manifest.container)
+        .context("what the file says of the container")
+        .map_err(bad)?;
+    if !request.namespace.is_empty() {
+        offer.namespace.clone_from(&request.namespace);
+    }
+    if !request.container.is_empty() && request.container != offer.record.id {
+        rename(&mut offer, &request.container);
+    }
+    offer.ignore_cpu |= request.ignore_cpu;
+    let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
+    if !plain(&namespace) || !plain(&id) {
+        return Err(ErrorReport::new(ExitCode::Usage, format!("{namespace}/{id} is no name of a container")));
+    }
+    let Some(_busy) = agent.busy.enter(&namespace, &id, "being restored") else {
+        return Err(ErrorReport::new(ExitCode::Busy, format!("{id} is busy")));
+    };
+    let containerd = containerd(agent, &namespace).await?;
+    let found = situation(&agent.config, &containerd, &offer).await.map_err(internal)?;
+    preflight::check(&offer, &found).map_err(refused)?;
+    reporter.phase("prepare");
+    let migration = random_hex(16).map_err(internal)?;
+    let from = format!("file {}", request.file.display());
+    let mut placement =
+        Placement::begin(&agent.config, &containerd, offer, &migration, &from).await.map_err(internal)?;
+    placement.memory_cap = found.memory_cap();
+    match place(agent, &mut placement, file, reporter).await {
+        Ok((pid, mut warnings)) => {
+            let stdio = placement.stdio.clone();
+            warnings.extend(placement.keep().await.map_err(internal)?);
+            let total_ms = reporter.elapsed_ms();
+            Ok(RestoreReport { namespace, container: id, pid, total_ms, stdio, warnings })
+        }
+        Err(error) => {
+            let left = placement.undo().await;
+            let mut report = match error.downcast::<Failure>() {
+                Ok(failure) => {
+                    let mut report =
+                        ErrorReport::new(ExitCode::RestoreFailed, failure.message).advice(failure.advice);
+                    report.phase = failure.phase;
+                    report
+                }
+                Err(error) => ErrorReport::new(ExitCode::RestoreFailed, format!("{error:#}")),
+            };
+            report.state = match left.is_empty() {
+                true => "nothing was left".into(),
+                false => format!("left behind: {}", left.join("; ")),
+            };
+            Err(report)
+        }
+    }
+}
+
+async fn place(
+    agent: &Agent,
+    placement: &mut Placement<'_>,
+    file: File,
+    reporter: &mut Reporter,
+) -> Result<(u32, Vec<String>)> {
+    no_blobs(&placement.missing_blobs().await?, &placement.offer)?;
+    placement.image_and_snapshot(|_, _| {}).await?;
+    placement.network().await?;
+    placement.container().await?;
+    placement.task().await?;
+    reporter.phase("restore");
+    let offer = &placement.offer;
+    let request = control::Request::Restore(ReceiveRequest {
+        migration_id: placement.migration.clone(),
+        ticket: String::new(),
+        node: agent.node.clone(),
+        peer: String::new(),
+        tls: None,
+        limits: agent.config.limits(0, 0, placement.memory_cap),
+        netns: placement.netns.clone(),
+        net: offer.net.clone(),
+    });
+    let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
+    let warnings = follow(&namespace, &id, request, vec![file.into()], None).await?;
+    let pid = placement.containerd().task_start(&id).await?;
+    Ok((pid, warnings))
+}
+
+/// Another name for the container that is made of a file. Its network namespace then gets one of its own too.
+fn rename(offer: &mut Offer, id: &str) {
+    offer.record.snapshot_key = id.into();
+    offer.record.id = id.into();
+    let path = netns::own_path(&offer.namespace, id);
+    spec::set_network(&mut offer.record.spec, &path);
+}
+
+/// Ends a migration whose outcome this node could not learn.
+pub async fn resolve(agent: &Agent, request: ResolveRequest) -> Outcome<Reply> {
+    let (namespace, id) = (request.namespace.as_str(), request.container.as_str());
+    let inspected = control::client::inspect(namespace, id)
+        .await
+        .map_err(|error| ErrorReport::new(ExitCode::NotFound, format!("{error:#}")))?;
+    let MigrationState::Undecided { peer, .. } = inspected.migration else {
+        let message = format!("{id} is not undecided (it is {})", inspected.status);
+        return Err(ErrorReport::new(ExitCode::Usage, message).advice("see `transship ps`"));
+    };
+    let decision = match request.decision {
+        Decision::RunHere => control::Decision::Stay,
+        Decision::Moved => control::Decision::Moved,
+    };
+    let asked = control::client::call(namespace, id, control::Request::Resolve { decision }, Vec::new());
+    let mut events = asked.await.map_err(internal)?;
+    while let Some(event) = events.recv().await {
+        match event {
+            control::Event::Done { .. } => {
+                let message = match request.decision {
+                    Decision::RunHere => format!("{id} runs on {} again", agent.node),
+                    Decision::Moved => format!("{id} runs on {peer}; what was left of it here is gone"),
+                };
+                log::info!("resolved: {message}");
+                return Ok(Reply::Resolved { message });
+            }
+            control::Event::Failed { failure, state } => {
+                let mut error = ErrorReport::new(ExitCode::Failed, failure.message).advice(failure.advice);
+                error.state = format!("{id} is {state}");
+                return Err(error);
+            }
+            _ => {}
+        }
+    }
+    Err(ErrorReport::new(ExitCode::Failed, format!("the shim of {id} died")))
+}

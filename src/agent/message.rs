@@ -1,0 +1,192 @@
+//! What two agents say to each other. Data only.
+//!
+//! ```text
+//! source's agent                              destination's agent
+//!   Hello (versions, node)              ->
+//!                                       <-    Hello
+//!   Offer                               ->    preflight
+//!                                       <-    Refused | Need (blobs it lacks)
+//!   Blob, its bytes, ...                ->    lease, image, snapshot, network namespace, container, task
+//!                                       <-    Ready (migration, ticket)
+//!   (the shims move the container over a connection of their own; or, cold: Layer, its entries, LayerEnd)
+//!                                       <-    Started | Failed (everything is undone)
+//!   Cancel, at any time before the end  ->
+//! ```
+//!
+//! Messages are JSON; unknown fields are skipped and missing ones have defaults, so that a field can be added without
+//! a new protocol version.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::host::HostFacts;
+use crate::{
+    containerd::{
+        image::{Blob, ImageRecord},
+        record::Record,
+    },
+    migrate::protocol::Failure,
+    net::NetConfig,
+};
+
+/// Oldest and newest version of this protocol that this build speaks.
+pub const VERSIONS: (u32, u32) = (1, 1);
+
+/// One message between two agents.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(tag = "says", rename_all = "snake_case")]
+pub enum Message {
+    /// The first of each side.
+    Hello(Hello),
+    /// A container to be moved.
+    Offer(Box<Offer>),
+    /// The destination lacks these blobs (digests of the offer, in its order).
+    Need {
+        /// Digests.
+        digests: Vec<String>,
+    },
+    /// A blob's bytes follow as data frames, `size` of them.
+    Blob {
+        /// Its digest.
+        digest: String,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// What the destination does, for the operator.
+    Progress {
+        /// `blobs`, `unpack`, `layer`.
+        what: String,
+        /// So much of it.
+        done: u64,
+        /// Of so much.
+        total: u64,
+    },
+    /// Something the operator should know.
+    Warning {
+        /// One sentence.
+        message: String,
+    },
+    /// The destination does not want the container; nothing was made there.
+    Refused(Refusal),
+    /// Everything is prepared; the shims may talk.
+    Ready(Ready),
+    /// The writable layer of a container that does not run: entries and data follow as frames of their own kinds.
+    Layer,
+    /// The end of the writable layer.
+    LayerEnd,
+    /// The source gives up (before the commit).
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+    /// The container is the destination's; it runs there, unless it was moved cold.
+    Started(Started),
+    /// The destination gave up before the commit.
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// What could not be undone there; empty: nothing was left.
+        left: Vec<String>,
+    },
+    /// Nothing to say, but still there. Never reaches the receiver's logic.
+    Alive,
+}
+
+/// See [`Message::Hello`].
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(default)]
+pub struct Hello {
+    /// Oldest protocol version spoken.
+    pub oldest: u32,
+    /// Newest protocol version spoken.
+    pub newest: u32,
+    /// The software's version.
+    pub software: String,
+    /// The node's name.
+    pub node: String,
+}
+
+/// A container to be moved.
+#[derive(Serialize, Deserialize, Clone, Debug, Default)]
+#[serde(default)]
+pub struct Offer {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The container's record.
+    pub record: Record,
+    /// The image it was made of.
+    pub image: ImageRecord,
+    /// The image's blobs, children before parents.
+    pub blobs: Vec<Blob>,
+    /// The snapshot on which its writable layer lies.
+    pub chain: String,
+    /// Its network; `None` for a cold move (its network namespace is then made by who starts it).
+    pub net: Option<NetConfig>,
+    /// Which kinds its stdio streams are, as its shim says.
+    pub stdio_kinds: serde_json::Value,
+    /// Its standard input, output and error as given to containerd.
+    pub stdio: [String; 3],
+    /// It has a terminal.
+    pub terminal: bool,
+    /// About how much memory has to be moved, in bytes.
+    pub memory: u64,
+    /// Bytes of the writable layer.
+    pub layer: u64,
+    /// The node it runs on.
+    pub host: HostFacts,
+    /// The OCI runtime under it, for instance `runc`.
+    pub runtime: String,
+    /// Record, image and writable layer only.
+    pub cold: bool,
+    /// The operator does not want CPU features compared.
+    pub ignore_cpu: bool,
+    /// Seconds of silence that end a phase; 0: the destination's own limit.
+    pub silence_seconds: u64,
+    /// Largest open-but-deleted file, in bytes; 0: the destination's own limit.
+    pub ghost_limit: u64,
+}
+
+/// Why a destination does not want a container.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(default)]
+pub struct Refusal {
+    /// A word for programs: `version`, `name`, `memory`, `room`, `cpu`, `mounts`, ...
+    pub code: String,
+    /// What is wrong, one sentence.
+    pub message: String,
+    /// What to do about it.
+    pub advice: String,
+}
+
+/// See [`Message::Ready`].
+#[derive(Serialize, Deserialize, Clone, Default)]
+#[serde(default)]
+pub struct Ready {
+    /// The migration.
+    pub migration: String,
+    /// The one-time ticket that the source's shim shows to the destination's; hexadecimal.
+    pub ticket: String,
+    /// Where the output will go.
+    pub stdio: String,
+    /// Bytes of blobs that were sent.
+    pub blob_bytes: u64,
+    /// Where the container's network namespace was made.
+    pub netns: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ready({})", self.migration) // the ticket must not reach a log
+    }
+}
+
+/// See [`Message::Started`].
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(default)]
+pub struct Started {
+    /// The init's pid on the destination; 0 for a cold move.
+    pub pid: u32,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+}

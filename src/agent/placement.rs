@@ -1,0 +1,408 @@
+//! Making a container on this node that comes from elsewhere, step by step, with every step undone if it comes to
+//! nothing: lease, image, snapshot, network namespace, record, marker, task.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use containerd_client::types::Mount;
+
+use super::{
+    config::{Config, StdioPolicy},
+    host::{self, HostFacts},
+    message::Offer,
+    netns::{self, Placed},
+    preflight::Situation,
+    spec::{self, SpecNamespace},
+};
+use crate::{
+    containerd::{Namespace, image::Blob, is_already_exists, task::Stdio},
+    control::incoming_marker,
+};
+
+/// How long what is being made is kept from containerd's garbage collector, should this agent die.
+const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
+/// How long a task that is undone may take to end.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// One thing that was made (or was about to be). Undoing what is not there is fine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    Lease,
+    Blob(String),
+    Image(String),
+    Snapshot,
+    Network,
+    Container,
+    Marker,
+    Task,
+}
+
+/// A container being made here.
+#[derive(Debug)]
+pub struct Placement<'a> {
+    config: &'a Config,
+    /// containerd, without the lease.
+    plain: Namespace,
+    /// containerd, under the lease.
+    leased: Namespace,
+    /// What is made.
+    pub offer: Offer,
+    /// The migration's id; the lease is named after it.
+    pub migration: String,
+    placed: Placed,
+    steps: Vec<Step>,
+    /// Where the output goes, as given to containerd.
+    pub stdio: String,
+    /// The network namespace that was made.
+    pub netns: Option<PathBuf>,
+    /// Bytes of memory that it may bring along.
+    pub memory_cap: u64,
+    /// The root's mounts.
+    pub mounts: Vec<Mount>,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+}
+
+impl<'a> Placement<'a> {
+    /// Begins with a lease; `from` is the node (or file) the container comes from.
+    pub async fn begin(
+        config: &'a Config,
+        containerd: &Namespace,
+        offer: Offer,
+        migration: &str,
+        from: &str,
+    ) -> Result<Placement<'a>> {
+        let lease = format!("transship-{migration}");
+        containerd.lease_create(&lease, LEASE_LIFE).await?;
+        let placed = Placed {
+            namespace: offer.namespace.clone(),
+            id: offer.record.id.clone(),
+            from: from.into(),
+            migration: migration.into(),
+            ..Placed::default()
+        };
+        Ok(Placement {
+            config,
+            plain: containerd.clone(),
+            leased: containerd.under_lease(&lease)?,
+            offer,
+            migration: migration.into(),
+            placed,
+            steps: vec![Step::Lease],
+            stdio: String::new(),
+            netns: None,
+            memory_cap: 0,
+            mounts: Vec::new(),
+            warnings: Vec::new(),
+        })
+    }
+
+    /// containerd, under the lease.
+    pub fn containerd(&self) -> &Namespace {
+        &self.leased
+    }
+
+    fn id(&self) -> &str {
+        &self.offer.record.id
+    }
+
+    /// The offered blobs that this node lacks.
+    pub async fn missing_blobs(&self) -> Result<Vec<Blob>> {
+        let mut missing = Vec::new();
+        for blob in &self.offer.blobs {
+            crate::containerd::content::check_digest(&blob.digest)?;
+            if self.leased.blob_info(&blob.digest).await?.is_none() {
+                missing.push(blob.clone());
+            }
+        }
+        Ok(missing)
+    }
+
+    /// The name under which a blob is written.
+    pub fn blob_reference(&mut self, digest: &str) -> String {
+        let reference = format!("transship-{}-{digest}", self.migration);
+        self.steps.push(Step::Blob(reference.clone()));
+        reference
+    }
+
+    /// Image, layers and the writable snapshot; the blobs must be there.
+    pub async fn image_and_snapshot(&mut self, on_layer: impl FnMut(usize, usize)) -> Result<()> {
+        let image = self.offer.image.clone();
+        let mut on_layer = on_layer;
+        let closure = self
+            .leased
+            .image_closure(&image.target, Some(&self.offer.chain))
+            .await
+            .with_context(|| format!("image {}", image.name))?;
+        match self.leased.image(&image.name).await? {
+            None => {
+                let mut image = image.clone();
+                // what the garbage collector is told is this node's business
+                image.labels.retain(|key, _| !key.starts_with("containerd.io/gc."));
+                self.steps.push(Step::Image(image.name.clone()));
+                if let Err(error) = self.leased.image_create(image).await {
+                    self.steps.retain(|s| !is_already_exists(&error) || !matches!(s, Step::Image(_)));
+                    if !is_already_exists(&error) {
+                        return Err(error);
+                    }
+                }
+            }
+            Some(present) if present.target.digest != image.target.digest => self.warnings.push(format!(
+                "the image name {} means another image on this node; it was left as it is",
+                image.name
+            )),
+            Some(_) => {}
+        }
+        let count = closure.layers.len();
+        let snapshotter = self.offer.record.snapshotter.clone();
+        self.leased.unpack(&snapshotter, &closure, |number, _| on_layer(number, count)).await?;
+        let key = self.offer.record.snapshot_key.clone();
+        self.mounts =
+            self.leased.snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default()).await?;
+        self.steps.push(Step::Snapshot);
+        Ok(())
+    }
+
+    /// The network namespace, fenced, and the spec's path to it.
+    pub async fn network(&mut self) -> Result<()> {
+        let Some(net) = self.offer.net.clone() else { return Ok(()) };
+        let path = netns_path(&self.offer);
+        self.placed.netns = Some(path.clone());
+        self.steps.push(Step::Network);
+        self.placed.save()?;
+        let (bridge, at) = (self.config.bridge.clone(), path.clone());
+        tokio::task::spawn_blocking(move || netns::build(&net, &at, bridge.as_deref()))
+            .await
+            .context("the thread that builds the network")??;
+        spec::set_network(&mut self.offer.record.spec, &path);
+        self.netns = Some(path);
+        Ok(())
+    }
+
+    /// The container's record.
+    pub async fn container(&mut self) -> Result<()> {
+        self.leased.container_create(self.offer.record.clone()).await?;
+        self.steps.push(Step::Container);
+        Ok(())
+    }
+
+    /// The task, which waits in its shim for what comes.
+    pub async fn task(&mut self) -> Result<()> {
+        let stdio = self.prepare_stdio()?;
+        if self.placed.fifos.is_some() && !self.steps.contains(&Step::Network) {
+            self.steps.push(Step::Network);
+        }
+        self.placed.save()?;
+        let marker = incoming_marker(&self.offer.namespace, self.id());
+        self.steps.push(Step::Marker);
+        write_marker(&marker, &self.migration, self.netns.as_deref())?;
+        self.steps.push(Step::Task);
+        let id = self.id().to_string();
+        self.leased.task_create(&id, self.mounts.clone(), stdio).await?;
+        let inspected = crate::control::client::inspect(&self.offer.namespace, &id).await?;
+        ensure!(
+            inspected.status == "incoming",
+            "the new shim of {id} does not wait for a container, it is {}",
+            inspected.status
+        );
+        // the shim has taken note of it
+        netns::gone(fs::remove_file(&marker)).with_context(|| format!("removing {}", marker.display()))?;
+        self.steps.retain(|s| *s != Step::Marker);
+        Ok(())
+    }
+
+    /// Where the streams go: each is there again if it was there on the source, as the restored processes have it open.
+    fn prepare_stdio(&mut self) -> Result<Stdio> {
+        let [stdin, stdout, stderr] = self.offer.stdio.clone().map(|s| !s.is_empty());
+        let (namespace, id) = (self.offer.namespace.clone(), self.id().to_string());
+        let fifos = netns::fifo_dir(&namespace, &id);
+        let mut stdio = Stdio { terminal: self.offer.terminal, ..Stdio::default() };
+        let mut make = |name: &str| -> Result<String> {
+            private_dir(&fifos)?;
+            let path = fifos.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))
+                .with_context(|| format!("making {}", path.display()))?;
+            self.placed.fifos = Some(fifos.clone());
+            Ok(path.to_string_lossy().into_owned())
+        };
+        netns::gone(fs::remove_dir_all(&fifos)).with_context(|| format!("removing {}", fifos.display()))?;
+        if stdin {
+            stdio.stdin = make("stdin")?;
+        }
+        let output = match self.config.stdio {
+            StdioPolicy::Fifo => None,
+            StdioPolicy::Log => {
+                ensure!(plain(&namespace) && plain(&id), "{namespace}/{id} cannot be the name of a log file");
+                let dir = self.config.log_dir.join(&namespace);
+                private_dir(&dir)?;
+                Some(format!("file://{}", dir.join(format!("{id}.log")).display()))
+            }
+        };
+        let mut place = |name: &str| output.clone().map_or_else(|| make(name), Ok);
+        if stdout {
+            stdio.stdout = place("stdout")?;
+        }
+        // a terminal has one stream for both
+        if stderr && !stdio.terminal {
+            stdio.stderr = place("stderr")?;
+        }
+        self.stdio = if stdio.stdout.is_empty() { stdio.stderr.clone() } else { stdio.stdout.clone() };
+        Ok(stdio)
+    }
+
+    /// Everything worked: what was made stays. Remembers what is to go with the container.
+    pub async fn keep(mut self) -> Result<Vec<String>> {
+        if self.placed.netns.is_some() || self.placed.fifos.is_some() || !self.offer.cold {
+            self.placed.save()?;
+        }
+        self.plain.lease_delete(&format!("transship-{}", self.migration), false).await?;
+        Ok(std::mem::take(&mut self.warnings))
+    }
+
+    /// Nothing came of it: undoes each step, the last one first. Returns what could not be undone.
+    pub async fn undo(mut self) -> Vec<String> {
+        let mut left = Vec::new();
+        while let Some(step) = self.steps.pop() {
+            match self.undo_step(&step).await {
+                Ok(()) => log::debug!("migration {}: undone: {step:?}", self.migration),
+                Err(error) => {
+                    log::error!("migration {}: left behind: {step:?}: {error:#}", self.migration);
+                    left.push(format!("{error:#}"));
+                }
+            }
+        }
+        log::info!(
+            "migration {} of {}/{}: {}",
+            self.migration,
+            self.offer.namespace,
+            self.offer.record.id,
+            if left.is_empty() {
+                "undone, nothing is left".into()
+            } else {
+                format!("left behind: {}", left.join("; "))
+            }
+        );
+        left
+    }
+
+    async fn undo_step(&self, step: &Step) -> Result<()> {
+        let record = &self.offer.record;
+        match step {
+            Step::Lease => self.plain.lease_delete(&format!("transship-{}", self.migration), true).await,
+            Step::Blob(reference) => self.leased.blob_abort(reference).await,
+            Step::Image(name) => self.plain.image_delete(name).await,
+            Step::Snapshot => self.plain.snapshot_remove(&record.snapshotter, &record.snapshot_key).await,
+            Step::Container => self.plain.container_delete(&record.id).await,
+            Step::Task => self.plain.task_remove(&record.id, END_LIMIT).await,
+            Step::Network => {
+                let placed = self.placed.clone();
+                tokio::task::spawn_blocking(move || placed.remove()).await.context("a thread")?
+            }
+            Step::Marker => {
+                let marker = incoming_marker(&self.offer.namespace, &record.id);
+                netns::gone(fs::remove_file(&marker))
+                    .with_context(|| format!("removing {}", marker.display()))
+            }
+        }
+    }
+}
+
+/// Where a container's network namespace is made here.
+pub fn netns_path(offer: &Offer) -> PathBuf {
+    let same = match spec::namespace(&offer.record.spec, "network") {
+        SpecNamespace::At(path) => spec::safe_netns(&path),
+        _ => None,
+    };
+    same.unwrap_or_else(|| netns::own_path(&offer.namespace, &offer.record.id))
+}
+
+/// Looks up what [`super::preflight::check`] needs; `None` for the bridge where the network is not built.
+pub async fn situation(config: &Config, containerd: &Namespace, offer: &Offer) -> Result<Situation> {
+    let (criu, runtime) = (config.criu.clone(), offer.runtime.clone());
+    let host = tokio::task::spawn_blocking(move || {
+        let runtime = if plain(&runtime) { runtime } else { "runc".into() };
+        HostFacts::gather(criu.as_deref(), &runtime)
+    })
+    .await
+    .context("a thread")?;
+    let record = &offer.record;
+    let taken = if containerd.container(&record.id).await?.is_some() {
+        Some(format!("a container {} is there already", record.id))
+    } else if containerd.task(&record.id).await?.is_some() {
+        Some(format!("a task {} is there already", record.id))
+    } else {
+        None
+    };
+    let (mut taken, mut snapshotter) = (taken, None);
+    match containerd.snapshot(&record.snapshotter, &record.snapshot_key).await {
+        Ok(Some(_)) if taken.is_none() => {
+            taken = Some(format!("a snapshot {} is there already", record.snapshot_key));
+        }
+        Ok(_) => {}
+        Err(error) => snapshotter = Some(error.root_cause().to_string()),
+    }
+    let bridge = config.bridge.clone().map(|name| {
+        match Path::new("/sys/class/net").join(&name).join("bridge").exists() {
+            true => Ok(name),
+            false => Err(name),
+        }
+    });
+    let (images_free, images_in_memory) = host::free_space(&config.images_dir)?;
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let netns = netns_path(offer);
+    let existing: BTreeSet<_> = spec::host_mounts(&record.spec).into_iter().filter(|m| m.exists()).collect();
+    Ok(Situation {
+        host,
+        taken,
+        images_free,
+        images_in_memory,
+        memory_available: host::mem_available(&meminfo).unwrap_or(u64::MAX),
+        snapshotter,
+        bridge,
+        listed_mounts: config.host_mounts.clone(),
+        existing_mounts: existing,
+        netns_taken: (!offer.cold && offer.net.is_some() && netns.exists()).then_some(netns),
+    })
+}
+
+/// Names of namespaces and containers as containerd allows them: they become names of files.
+pub fn plain(name: &str) -> bool {
+    let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    (1..=200).contains(&name.len()) && name.bytes().all(fine) && name.as_bytes()[0].is_ascii_alphanumeric()
+}
+
+fn private_dir(dir: &Path) -> Result<()> {
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.with_context(|| format!("making {}", dir.display()))
+}
+
+fn write_marker(path: &Path, migration: &str, netns: Option<&Path>) -> Result<()> {
+    let Some(dir) = path.parent() else { bail!("{}: no directory", path.display()) };
+    private_dir(dir)?;
+    let text = serde_json::json!({ "migration_id": migration, "netns": netns }).to_string();
+    let write = || -> std::io::Result<()> {
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_names() {
+        assert!(plain("redis-1.a_b") && plain("k8s.io"));
+        for bad in ["", ".", "..", "a/b", "-a", "a b", "ü", ".x"] {
+            assert!(!plain(bad), "{bad:?}");
+        }
+    }
+}

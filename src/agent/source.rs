@@ -1,0 +1,617 @@
+//! This node gives a container away: `transship migrate`, from the request to the report.
+//!
+//! Until the shim has committed, every failure leaves the container running here as before; afterwards what is left of
+//! it here is removed. A command line that hangs up changes nothing.
+
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result, bail};
+
+use super::{
+    Agent,
+    api::{ErrorReport, Event, ExitCode, MigrateRequest, Reply, Report},
+    host::{self, HostFacts},
+    layer::{self, name},
+    link::{Frame, Link, MAX_DATA},
+    message::{Message, Offer, Ready, Started},
+    netns,
+    peer::{self, Peer},
+    preflight,
+    reporter::Reporter,
+    spec,
+};
+use crate::{
+    containerd::{
+        Containerd, Namespace,
+        image::{Closure, ImageRecord},
+        record::Record,
+        task::{Status, Task},
+    },
+    control::{self, Inspected, SendRequest},
+    migrate::protocol::Failure,
+};
+
+/// How long the killed task of a container that has left may take to end.
+const END_LIMIT: Duration = Duration::from_secs(30);
+
+type Outcome<T> = Result<T, ErrorReport>;
+
+/// Carries out a migration; the reporter gets everything, the end too.
+pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Reporter) {
+    let (namespace, id) = (request.namespace.clone(), request.container.clone());
+    let result = match agent.busy.enter(&namespace, &id, &format!("leaving for {}", request.to)) {
+        None => Err(ErrorReport::new(
+            ExitCode::Busy,
+            format!("{id} is busy with another migration or checkpoint"),
+        )
+        .advice("see `transship ps`")),
+        Some(_busy) => attempt(agent, &request, reporter).await,
+    };
+    match result {
+        Ok(report) => {
+            log::info!("{namespace}/{id} moved to {} ({})", report.to, report.migration);
+            reporter.end(Ok(Reply::Migrated(Box::new(report))));
+        }
+        Err(mut error) => {
+            if error.node.is_empty() {
+                error.node = agent.node.clone();
+            }
+            if error.phase.is_empty() {
+                error.phase = reporter.phase_name();
+            }
+            log::warn!("moving {namespace}/{id} to {}: {error} [{}]", request.to, error.state);
+            reporter.end(Err(error));
+        }
+    }
+}
+
+/// What is known of the container before anything is said to the peer.
+struct Subject {
+    containerd: Namespace,
+    record: Record,
+    task: Option<Task>,
+    inspected: Option<Inspected>,
+    offer: Offer,
+}
+
+async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporter) -> Outcome<Report> {
+    reporter.phase("preflight");
+    let mut subject = examine(agent, request).await?;
+    let unchanged = match subject.offer.cold {
+        true => format!(
+            "{} is on {} as before; nothing was left on the other node",
+            request.container, agent.node
+        ),
+        false => format!(
+            "{} runs on {} as before; nothing was left on the other node",
+            request.container, agent.node
+        ),
+    };
+    let as_before = |mut error: ErrorReport| {
+        if error.state.is_empty() {
+            error.state.clone_from(&unchanged);
+        }
+        error
+    };
+    let silence = agent.config.silence(request.silence_seconds);
+    let Peer { mut link, name: peer, address } =
+        peer::dial(&request.to, &agent.config.pki(), &agent.node, silence).await.map_err(as_before)?;
+    if peer == agent.node {
+        return Err(as_before(ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))));
+    }
+    let offer = Message::Offer(Box::new(subject.offer.clone()));
+    let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(as_before)?;
+    reporter.phase("transfer");
+    let mut report = Report {
+        migration: ready.migration.clone(),
+        namespace: request.namespace.clone(),
+        container: request.container.clone(),
+        from: agent.node.clone(),
+        to: peer.clone(),
+        cold: subject.offer.cold,
+        blob_bytes: ready.blob_bytes,
+        stdio: ready.stdio.clone(),
+        ..Report::default()
+    };
+    if subject.offer.cold {
+        send_cold(&mut link, &subject, &mut report, reporter, &peer).await.map_err(as_before)?;
+    } else {
+        let early = send(agent, request, &mut link, &subject, &ready, address, &mut report, reporter)
+            .await
+            .map_err(as_before)?;
+        let heard = match early {
+            Some(started) => Ok(started),
+            None => started(&mut link).await,
+        };
+        let started = match heard {
+            Ok(started) => started,
+            Err(error) => {
+                report.warnings.push(format!(
+                    "it runs on {peer}, but that node's agent has not said that all is in order there: {error:#}"
+                ));
+                Started::default()
+            }
+        };
+        report.pid = started.pid;
+        report.warnings.extend(started.warnings);
+    }
+    drop(link);
+    reporter.phase("cleanup");
+    let notes = clean_up(&mut subject).await;
+    report.warnings.extend(notes);
+    reporter.fill(&mut report);
+    Ok(report)
+}
+
+fn internal(error: anyhow::Error) -> ErrorReport {
+    ErrorReport::new(ExitCode::Failed, format!("{error:#}"))
+}
+
+/// Reads all that the offer holds, and refuses what cannot move.
+async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject> {
+    let id = &request.container;
+    let fail = |code, message: String, advice: &str| Err(ErrorReport::new(code, message).advice(advice));
+    let containerd = Containerd::connect(&agent.config.containerd).await.map_err(internal)?;
+    let containerd = containerd
+        .namespace(&request.namespace)
+        .map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{e:#}")))?;
+    let Some(record) = containerd.container(id).await.map_err(internal)? else {
+        return fail(
+            ExitCode::NotFound,
+            format!("no container {id} in namespace {}", request.namespace),
+            "see `ctr --namespace N containers list`, or name another namespace with --namespace",
+        );
+    };
+    let task = containerd.task(id).await.map_err(internal)?;
+    let running = task.as_ref().is_some_and(|t| t.status == Status::Running);
+    let state = task.as_ref().map_or("has no task", |t| t.status.name());
+    if let Some(task) = &task
+        && task.status == Status::Paused
+    {
+        return fail(ExitCode::NotRunning, format!("{id} is paused"), "resume it first (ctr task resume)");
+    }
+    match (running, request.cold) {
+        (false, false) => {
+            return fail(
+                ExitCode::NotRunning,
+                format!(
+                    "{id} does not run (it {})",
+                    if state == "has no task" { state.into() } else { format!("is {state}") }
+                ),
+                "--cold moves its image, record and writable layer all the same",
+            );
+        }
+        (true, true) => {
+            return fail(ExitCode::Usage, format!("{id} runs"), "leave --cold away to move it as it runs");
+        }
+        _ => {}
+    }
+    preflight::check_movable(&record.spec).or_else(|refusal| {
+        // without memory there are no PIDs and addresses to keep
+        if request.cold {
+            return Ok(());
+        }
+        Err(ErrorReport::new(ExitCode::Refused, refusal.message).advice(refusal.advice))
+    })?;
+    if record.snapshot_key.is_empty() || record.image.is_empty() {
+        return fail(
+            ExitCode::Refused,
+            format!(
+                "{id} was not made of an image (it has no snapshot), so the other node cannot make it anew"
+            ),
+            "",
+        );
+    }
+    let (image, closure, layer) = image_of(&containerd, &record).await.map_err(|error| {
+        ErrorReport::new(ExitCode::Refused, format!("{error:#}")).advice(
+            "the image must be complete in this node's content store, as it was when the container was made",
+        )
+    })?;
+    let inspected = match &task {
+        Some(task) if running => Some(inspect(agent, request, &record, task).await?),
+        _ => None,
+    };
+    let mut offer = Offer {
+        namespace: request.namespace.clone(),
+        record: record.clone(),
+        image,
+        blobs: closure.blobs.clone(),
+        chain: closure.chain_id().to_string(),
+        layer,
+        cold: !running,
+        ignore_cpu: request.ignore_cpu,
+        silence_seconds: request.silence_seconds,
+        ghost_limit: request.ghost_limit,
+        terminal: spec::terminal(&record.spec),
+        ..Offer::default()
+    };
+    describe(agent, &containerd, &mut offer, task.as_ref(), inspected.as_ref()).await.map_err(internal)?;
+    Ok(Subject { containerd, record, task, inspected, offer })
+}
+
+/// The container's image as it was when it was made, and the size of its layer.
+pub async fn image_of(containerd: &Namespace, record: &Record) -> Result<(ImageRecord, Closure, u64)> {
+    let (snapshotter, key) = (&record.snapshotter, &record.snapshot_key);
+    let snapshot = containerd.snapshot(snapshotter, key).await?;
+    let snapshot =
+        snapshot.with_context(|| format!("the container's snapshot {key} of {snapshotter} is gone"))?;
+    let image = containerd.image(&record.image).await?;
+    let image = image.with_context(|| format!("image {} is gone from this node", record.image))?;
+    let closure = containerd.image_closure(&image.target, Some(&snapshot.parent)).await;
+    let closure = closure.with_context(|| format!("image {}", record.image))?;
+    // a snapshotter that cannot say is no reason not to move
+    let layer = containerd.snapshot_usage(snapshotter, key).await.unwrap_or(0);
+    Ok((image, closure, layer))
+}
+
+/// Asks the container's shim, and refuses what it knows to be unmovable.
+async fn inspect(
+    agent: &Agent,
+    request: &MigrateRequest,
+    record: &Record,
+    task: &Task,
+) -> Outcome<Inspected> {
+    let id = &request.container;
+    let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
+        ErrorReport::new(
+            ExitCode::Refused,
+            format!("{id} does not run under transship (its runtime is {}): {error:#}", record.runtime),
+        )
+        .advice("run it with --runtime io.containerd.transship.v2; --cold moves one that is stopped")
+    })?;
+    if let control::MigrationState::Undecided { peer, .. } = &inspected.migration {
+        return Err(ErrorReport::new(
+            ExitCode::Undecided,
+            format!("{id} is frozen here since its move to {peer} was committed without an answer"),
+        )
+        .advice("find out whether it runs there, then `transship resolve`"));
+    }
+    if !inspected.execs.is_empty() {
+        return Err(ErrorReport::new(
+            ExitCode::Refused,
+            format!("{id} has running exec sessions ({}), which cannot move", inspected.execs.join(", ")),
+        )
+        .advice("end them first"));
+    }
+    if netns::is_host(task.pid) {
+        return Err(ErrorReport::new(ExitCode::Refused, format!("{id} is in the network of {}", agent.node)));
+    }
+    Ok(inspected)
+}
+
+/// What the offer says of node, processes and network.
+pub async fn describe(
+    agent: &Agent,
+    containerd: &Namespace,
+    offer: &mut Offer,
+    task: Option<&Task>,
+    inspected: Option<&Inspected>,
+) -> Result<()> {
+    offer.runtime = "runc".into();
+    if let (Some(task), Some(inspected)) = (task, inspected) {
+        offer.stdio.clone_from(&task.stdio);
+        offer.terminal = task.terminal;
+        offer.stdio_kinds.clone_from(&inspected.stdio);
+        if !inspected.runtime.is_empty() {
+            offer.runtime.clone_from(&inspected.runtime);
+        }
+        let pids = containerd.task_pids(&task.id).await?;
+        offer.memory = host::memory_of(&pids);
+        let pid = task.pid;
+        let captured = tokio::task::spawn_blocking(move || netns::capture(pid)).await.context("a thread")?;
+        offer.net = Some(captured?);
+    }
+    let (criu, runtime) = (agent.config.criu.clone(), offer.runtime.clone());
+    offer.host = tokio::task::spawn_blocking(move || HostFacts::gather(criu.as_deref(), &runtime))
+        .await
+        .context("a thread")?;
+    Ok(())
+}
+
+fn lost(peer: &str, error: &anyhow::Error) -> ErrorReport {
+    match peer::trust_in(error) {
+        Some(problem) => ErrorReport::new(ExitCode::Untrusted, format!("{peer}: {problem}")),
+        None => ErrorReport::new(ExitCode::Unreachable, format!("{peer}: {error:#}")),
+    }
+}
+
+/// From the offer to the destination's `Ready`; serves the blobs that it lacks.
+async fn prepare(
+    link: &mut Link,
+    offer: Message,
+    subject: &Subject,
+    reporter: &mut Reporter,
+    peer: &str,
+) -> Outcome<Ready> {
+    reporter.phase("prepare");
+    link.say(offer).await.map_err(|e| lost(peer, &e))?;
+    loop {
+        match link.hear().await.map_err(|e| lost(peer, &e))? {
+            Message::Need { digests } => {
+                send_blobs(link, subject, &digests, reporter).await.map_err(|e| lost(peer, &e))?;
+            }
+            Message::Progress { what, done, total } if what != "blobs" => {
+                reporter.say(Event::Progress { what, done, total: Some(total) });
+            }
+            Message::Progress { .. } => {}
+            Message::Warning { message } => reporter.say(Event::Warning { message }),
+            Message::Ready(ready) => return Ok(ready),
+            Message::Refused(refusal) => {
+                let mut error =
+                    ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
+                        .advice(refusal.advice);
+                error.node = peer.into();
+                return Err(error);
+            }
+            Message::Failed { failure, left } => return Err(failed_there(failure, &left, peer)),
+            other => {
+                let error = anyhow::anyhow!("it sent {} out of turn", name(&other));
+                return Err(lost(peer, &error));
+            }
+        }
+    }
+}
+
+/// The destination failed before the commit.
+fn failed_there(failure: Failure, left: &[String], peer: &str) -> ErrorReport {
+    let mut error = ErrorReport::new(code_of(&failure), failure.message).advice(failure.advice);
+    error.node = if failure.node.is_empty() { peer.into() } else { failure.node };
+    error.phase = failure.phase;
+    if !left.is_empty() {
+        error.state = format!("it runs here as before, but on {peer} this is left: {}", left.join("; "));
+    }
+    error
+}
+
+fn code_of(failure: &Failure) -> ExitCode {
+    match failure.phase.as_str() {
+        phase if phase.contains("restore") => ExitCode::RestoreFailed,
+        "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
+        "connect" => ExitCode::Unreachable,
+        _ => ExitCode::Failed,
+    }
+}
+
+async fn send_blobs(
+    link: &mut Link,
+    subject: &Subject,
+    digests: &[String],
+    reporter: &mut Reporter,
+) -> Result<()> {
+    let offered: BTreeMap<_, _> = subject.offer.blobs.iter().map(|b| (b.digest.as_str(), b.size)).collect();
+    let sizes = digests.iter().map(|d| offered.get(d.as_str()).copied());
+    let sizes: Option<Vec<u64>> = sizes.collect();
+    let sizes = sizes.context("it asked for a blob that was not offered")?;
+    let total = sizes.iter().sum();
+    let mut done = 0;
+    for (digest, size) in digests.iter().zip(sizes) {
+        link.say(Message::Blob { digest: digest.clone(), size }).await?;
+        let mut reader = subject.containerd.blob_reader(digest).await?;
+        while let Some(data) = reader.next().await? {
+            for piece in data.chunks(MAX_DATA) {
+                link.send(Frame::Data(piece.to_vec())).await?;
+                done += piece.len() as u64;
+                reporter.progress("blobs", done, Some(total));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Has the shim send the container, to its end.
+#[allow(clippy::too_many_arguments)] // one call, and each of them is something else
+async fn send(
+    agent: &Agent,
+    request: &MigrateRequest,
+    link: &mut Link,
+    subject: &Subject,
+    ready: &Ready,
+    address: SocketAddr,
+    report: &mut Report,
+    reporter: &mut Reporter,
+) -> Outcome<Option<Started>> {
+    let peer = report.to.clone();
+    let start = async {
+        let connection = peer::tcp(address).await?.into_std()?;
+        // the shim's threads read and write blocking
+        connection.set_nonblocking(false)?;
+        let send = SendRequest {
+            migration_id: ready.migration.clone(),
+            ticket: ready.ticket.clone(),
+            node: agent.node.clone(),
+            peer: peer.clone(),
+            tls: agent.config.pki().material()?,
+            limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
+        };
+        let id = &subject.record.id;
+        control::client::call(&request.namespace, id, control::Request::Send(send), vec![connection.into()])
+            .await
+    };
+    let mut events = match start.await {
+        Ok(events) => events,
+        Err(error) => {
+            cancel(link, &format!("{error:#}")).await;
+            return Err(lost(&peer, &error));
+        }
+    };
+    let (mut there, mut early) = (None, None);
+    loop {
+        let event = tokio::select! {
+            event = events.recv() => event,
+            // what goes wrong there reaches the shim too; kept for the words
+            heard = link.hear(), if there.is_none() => {
+                match heard {
+                    Ok(Message::Failed { failure, left }) => there = Some(Ok((failure, left))),
+                    Ok(Message::Warning { message }) => reporter.say(Event::Warning { message }),
+                    // the other agent may be faster than this node's shim
+                    Ok(Message::Started(started)) => early = Some(started),
+                    Ok(_) => {}
+                    Err(error) => there = Some(Err(error)),
+                }
+                continue;
+            }
+        };
+        match event {
+            Some(control::Event::Phase { phase }) => match phase.as_str() {
+                "prepare" => {} // of the shim; to the operator it is part of the transfer
+                "clean up" => reporter.phase("running"),
+                other => reporter.phase(other),
+            },
+            Some(control::Event::Progress { bytes }) => reporter.progress("memory", bytes, None),
+            Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
+            Some(control::Event::Undecided { message }) => {
+                // the operator hears of it now; the shim goes on asking, and this goes on with it
+                let mut error = ErrorReport::new(ExitCode::Undecided, message);
+                error.state = format!(
+                    "{} is frozen on {} until it is known whether it runs on {peer}",
+                    subject.record.id, agent.node
+                );
+                error.advice =
+                    "wait for the connection to come back, or find out yourself and `transship resolve`"
+                        .into();
+                reporter.end(Err(error));
+            }
+            Some(control::Event::Done { report: measured }) => {
+                report.freeze_ms = measured.freeze_ms;
+                report.bytes_sent = measured.bytes_sent;
+                report.warnings.extend(measured.warnings.iter().cloned());
+                report.shim = serde_json::to_value(&measured).ok();
+                return Ok(early);
+            }
+            Some(control::Event::Failed { failure, state }) => {
+                return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
+            }
+            Some(control::Event::Inspected(_)) => {}
+            None => {
+                cancel(link, "the source's shim died").await;
+                let mut error = ErrorReport::new(
+                    ExitCode::Failed,
+                    format!("the shim of {} died while it sent the container", subject.record.id),
+                );
+                error.state = "unknown: look at `transship ps` and `ctr task ls` on both nodes".into();
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// The shim gave up before the commit; waits for the destination to have undone its part, to be able to say so.
+async fn failed_here(
+    link: &mut Link,
+    failure: Failure,
+    state: &str,
+    there: Option<Result<(Failure, Vec<String>)>>,
+    agent: &Agent,
+    peer: &str,
+    subject: &Subject,
+) -> ErrorReport {
+    let there = match there {
+        Some(heard) => heard,
+        None => {
+            cancel(link, &failure.message).await;
+            loop {
+                match link.hear().await {
+                    Ok(Message::Failed { failure, left }) => break Ok((failure, left)),
+                    Ok(_) => {}
+                    Err(error) => break Err(error),
+                }
+            }
+        }
+    };
+    let mut error = ErrorReport::new(code_of(&failure), failure.message).advice(failure.advice);
+    error.phase = failure.phase;
+    error.node = failure.node;
+    let id = &subject.record.id;
+    let here = match state {
+        "running" => format!("{id} runs on {} as before", agent.node),
+        other => format!("{id} is {other} on {}", agent.node),
+    };
+    let other = match there {
+        Ok((_, left)) if left.is_empty() => format!("nothing was left on {peer}"),
+        Ok((_, left)) => format!("left on {peer}: {}", left.join("; ")),
+        Err(_) => format!("{peer} does not answer, and undoes its part by itself"),
+    };
+    error.state = format!("{here}; {other}");
+    error
+}
+
+async fn cancel(link: &Link, reason: &str) {
+    let _ = link.say(Message::Cancel { reason: reason.into() }).await;
+}
+
+async fn started(link: &mut Link) -> Result<Started> {
+    if link.is_over() {
+        bail!("the connection to it was lost");
+    }
+    loop {
+        match link.hear().await? {
+            Message::Started(started) => return Ok(started),
+            Message::Failed { failure, .. } => return Err(failure.into()),
+            _ => {}
+        }
+    }
+}
+
+/// Sends the layer of a container that does not run.
+async fn send_cold(
+    link: &mut Link,
+    subject: &Subject,
+    report: &mut Report,
+    reporter: &mut Reporter,
+    peer: &str,
+) -> Outcome<()> {
+    reporter.phase("layer");
+    let (containerd, record) = (&subject.containerd, &subject.record);
+    let sent = async {
+        let mounts = containerd.snapshot_mounts(&record.snapshotter, &record.snapshot_key).await?;
+        layer::send(link, layer::of_mounts(&mounts)?).await
+    };
+    let stats = match sent.await {
+        Ok(stats) => stats,
+        Err(error) => {
+            cancel(link, &format!("{error:#}")).await;
+            return Err(lost(peer, &error));
+        }
+    };
+    report.bytes_sent = stats.bytes_data;
+    // from here on it may be complete there without us hearing of it; it runs on neither side
+    match started(link).await {
+        Ok(started) => {
+            report.warnings.extend(started.warnings);
+            Ok(())
+        }
+        Err(error) => match error.downcast::<Failure>() {
+            Ok(failure) => Err(failed_there(failure, &[], peer)),
+            Err(error) => {
+                let mut report = lost(peer, &error);
+                report.state =
+                    format!("{} is here as before; look on {peer} whether it is there too", record.id);
+                Err(report)
+            }
+        },
+    }
+}
+
+/// Removes what is left here of a container that is gone. Returns what the operator should know.
+async fn clean_up(subject: &mut Subject) -> Vec<String> {
+    let (containerd, record) = (&subject.containerd, subject.record.clone());
+    let mut notes = Vec::new();
+    let mut note = |result: Result<()>| {
+        if let Err(error) = result {
+            notes.push(format!("left on this node: {error:#}"));
+        }
+    };
+    if subject.task.is_some() || subject.inspected.is_some() {
+        note(containerd.task_remove(&record.id, END_LIMIT).await);
+    }
+    note(containerd.container_delete(&record.id).await);
+    note(containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await);
+    if subject.offer.cold {
+        return notes;
+    }
+    let others = containerd.container_list().await.unwrap_or_default();
+    let namespace = containerd.name().to_string();
+    let released = tokio::task::spawn_blocking(move || netns::release(&namespace, &record, &others)).await;
+    notes.extend(released.unwrap_or_default());
+    notes
+}

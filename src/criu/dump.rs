@@ -1,0 +1,187 @@
+//! One dump: CRIU's worker, its page transfer and its notifications, served together until it has ended.
+//!
+//! ```text
+//!            RPC (SEQPACKET)                 pages (STREAM)
+//!  caller -- DUMP ------------> criu swrk -- OPEN2, runs of pages --> PageServer -> on_pages
+//!         <- NOTIFY post-dump -            <- status -------------------
+//!         -- go on ----------->
+//!         <- DUMP success ----
+//! ```
+//!
+//! The tasks must be in a frozen cgroup before; they are in it, frozen, when this returns, whether it succeeded or not.
+//! What the images mean is CRIU's business, where pages and files go the caller's.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result, anyhow};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::log;
+use super::page_server::{PageServer, PageSink};
+use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
+use super::swrk::{Spawn, Swrk};
+use super::version::Criu;
+
+/// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
+const IDLE_MS: u16 = 1000;
+/// Name of the log in the work directory.
+pub const LOG_FILE: &str = "dump.log";
+
+/// What is to be dumped, and where to.
+pub struct DumpRequest<'a> {
+    /// From [`super::options::dump_options`]. Directories and page server are filled in here.
+    pub opts: CriuOpts,
+    /// Directory for all images but those of memory.
+    pub images_dir: &'a Path,
+    /// Directory for the log and CRIU's statistics.
+    pub work_dir: &'a Path,
+    /// Contents of `descriptors.json`, written into the images directory first (see [`super::stdio`]).
+    pub descriptors: &'a [String; 3],
+    /// Called once everything is dumped and before CRIU leaves the tasks (its `post-dump`). Only until this returns do the
+    /// extra names exist that CRIU gives to unlinked files (`link_remap.N`): the writable layer has to be read here, or
+    /// at least those names kept. An error makes the dump fail.
+    pub on_post_dump: Option<&'a mut dyn FnMut() -> Result<()>>,
+    /// Run CRIU inside this network namespace. Only for a restore that is started inside its counterpart as well.
+    pub netns: Option<BorrowedFd<'a>>,
+    /// Directory to put first in CRIU's PATH.
+    pub path_first: Option<&'a Path>,
+}
+
+/// What a dump took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DumpStats {
+    /// From the call to CRIU's answer.
+    pub total: Duration,
+    /// Of that, until the request was with CRIU (fork and exec).
+    pub spawn: Duration,
+    /// Of that, the caller's `on_pages`.
+    pub in_sink: Duration,
+    /// Of that, the caller's `on_post_dump`.
+    pub in_post_dump: Duration,
+    /// Bytes of pages.
+    pub page_bytes: u64,
+}
+
+/// Why a dump failed, in CRIU's words. Found in the error chain (`Error::downcast_ref`).
+#[derive(Debug, thiserror::Error)]
+#[error("CRIU cannot dump the container: {finding} (log: {log})")]
+pub struct DumpFailed {
+    /// CRIU's first error line and what can be done about it.
+    pub finding: log::Finding,
+    /// Path of the log.
+    pub log: String,
+}
+
+impl Criu {
+    /// Dumps a frozen process tree. CRIU is never stopped half-way: when `on_pages` or `on_post_dump` fails, the rest is drained, CRIU
+    /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
+    pub fn dump(&self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
+        let begun = Instant::now();
+        super::stdio::write(request.images_dir, request.descriptors)?;
+        let open = |dir: &Path| File::open(dir).with_context(|| format!("opening {}", dir.display()));
+        let (images, work) = (open(request.images_dir)?, open(request.work_dir)?);
+        let (mut pages, theirs) = PageServer::pair()?;
+
+        let mut opts = request.opts.clone();
+        opts.images_dir_fd = images.as_raw_fd();
+        opts.work_dir_fd = Some(work.as_raw_fd());
+        opts.log_file = Some(LOG_FILE.to_owned());
+        opts.notify_scripts = Some(request.on_post_dump.is_some());
+        opts.ps = Some(PageServerInfo { fd: Some(theirs.as_raw_fd()), ..PageServerInfo::default() });
+
+        let spawn = Spawn {
+            keep: vec![theirs.as_fd()],
+            netns: request.netns,
+            path_first: request.path_first,
+            ..Spawn::default()
+        };
+        let worker = Swrk::spawn(&self.path, &spawn)?;
+        drop(theirs);
+        worker.send(&CriuReq::with_opts(ReqType::Dump, opts))?;
+        let mut stats = DumpStats { spawn: begun.elapsed(), ..DumpStats::default() };
+
+        let mut failure: Option<Error> = None;
+        let mut timed_sink = |event: super::page_server::PageEvent<'_>| {
+            let at = Instant::now();
+            let result = on_pages(event);
+            stats.in_sink += at.elapsed();
+            result
+        };
+        let mut in_post_dump = Duration::ZERO;
+        let answer = loop {
+            let (rpc_ready, pages_ready) = wait(&worker, &pages)?;
+            if pages_ready {
+                pages.serve(&mut timed_sink);
+                continue;
+            }
+            if !rpc_ready {
+                pages.idle(&mut timed_sink);
+                continue;
+            }
+            let message = match worker.receive() {
+                Ok(Some(message)) => message,
+                Ok(None) => break Err(anyhow!("CRIU ended without an answer")),
+                Err(e) => break Err(e),
+            };
+            if message.r#type != ReqType::Notify as i32 {
+                break Ok(message);
+            }
+            let answered = worker.answer(&message, &mut |script| {
+                let (true, Some(hook)) = (script == "post-dump", request.on_post_dump.as_mut()) else {
+                    return true;
+                };
+                let at = Instant::now();
+                let result = hook();
+                in_post_dump = at.elapsed();
+                result.map_err(|e| failure.get_or_insert(e)).is_ok()
+            });
+            if let Err(e) = answered {
+                break Err(e);
+            }
+        };
+        worker.finish();
+        stats.in_post_dump = in_post_dump;
+        stats.page_bytes = pages.bytes();
+        stats.total = begun.elapsed();
+
+        // The caller's own failure first: CRIU's is then only its consequence.
+        if let Some(e) = pages.take_failure().or(failure) {
+            return Err(e.context("dumping the container"));
+        }
+        match answer {
+            Ok(answer) if answer.r#type == ReqType::Dump as i32 && answer.success => {
+                if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
+                    super::cgroup_image::strip(request.images_dir)?;
+                }
+                Ok(stats)
+            }
+            other => {
+                let log = request.work_dir.join(LOG_FILE);
+                let found = log::first_error_in(&log);
+                let said = other
+                    .map(|a| a.cr_errmsg.unwrap_or_else(|| format!("errno {}", a.cr_errno.unwrap_or(0))));
+                let finding =
+                    found.unwrap_or_else(|| log::Finding::new(&said.unwrap_or_else(|e| e.to_string())));
+                Err(DumpFailed { finding, log: log.display().to_string() }.into())
+            }
+        }
+    }
+}
+
+/// Waits for either socket; pages that CRIU will send no more are not waited for.
+fn wait(worker: &Swrk, pages: &PageServer) -> Result<(bool, bool)> {
+    let mut fds = vec![PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
+    if !pages.ended() {
+        fds.push(PollFd::new(pages.as_fd(), PollFlags::POLLIN));
+    }
+    match poll(&mut fds, PollTimeout::from(IDLE_MS)) {
+        Err(Errno::EINTR) => return Ok((false, false)),
+        other => other.context("waiting for CRIU")?,
+    };
+    let ready = |i: usize| fds.get(i).is_some_and(|f| f.any().unwrap_or(false));
+    Ok((ready(0), ready(1)))
+}

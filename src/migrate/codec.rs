@@ -1,0 +1,294 @@
+//! Bytes <-> frames. A frame is a 16-byte header and a payload; every length is capped before memory is allocated.
+//!
+//! ```text
+//!  0        4      6       8                16
+//!  | length | kind | flags | xxh3 of payload | payload (length bytes) |      all little-endian
+//! ```
+//!
+//! The checksum is for checkpoint files (a connection is protected by TLS); it costs about 0.1 ms a MiB.
+//! What a payload means is [`super::protocol`]'s business.
+
+use std::io::{self, Read, Write};
+
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Bytes in a frame's header.
+pub const HEADER_LEN: usize = 16;
+/// The largest payload of a data frame (pages, file and layer content), in bytes.
+pub const MAX_DATA: usize = (1 << 20) + 64;
+/// The largest payload of a control frame (JSON), in bytes: an offer holds a container's whole spec.
+pub const MAX_CONTROL: usize = 16 << 20;
+/// Flag: a receiver that does not know this kind may skip the frame.
+pub const FLAG_SKIPPABLE: u16 = 1;
+
+/// What a frame carries. The numbers are the wire format: never reuse one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// JSON [`super::protocol::Hello`].
+    Hello = 1,
+    /// JSON [`super::protocol::Welcome`].
+    Welcome = 2,
+    /// JSON [`super::protocol::Manifest`].
+    Manifest = 3,
+    /// JSON [`super::protocol::Frozen`]: the source's tasks stand still from here on.
+    Frozen = 4,
+    /// JSON [`super::protocol::FileHeader`]: an image file begins.
+    File = 10,
+    /// Raw bytes of the image file begun last.
+    FileData = 11,
+    /// Raw: the memory of one process or shared segment begins, see [`super::stream`].
+    PagesOpen = 20,
+    /// Raw: a run of pages.
+    Pages = 21,
+    /// Raw: a run of pages without content here (zero or in a parent).
+    PagesHole = 22,
+    /// The memory opened last is complete.
+    PagesClose = 23,
+    /// Raw: one entry of the writable layer ([`crate::rootfs::Entry`]).
+    LayerEntry = 30,
+    /// Raw: content of the entry sent last: offset u64, bytes.
+    LayerData = 31,
+    /// JSON: the layer is complete.
+    LayerEnd = 32,
+    /// JSON: stdio that was queued at the freeze (opaque to this crate, the shim's `Carry`).
+    Stdio = 40,
+    /// JSON [`super::protocol::Final`]: everything was sent.
+    Final = 50,
+    /// JSON [`super::protocol::Restored`].
+    Restored = 51,
+    /// JSON [`super::protocol::Commit`].
+    Commit = 52,
+    /// JSON [`super::protocol::Running`].
+    Running = 53,
+    /// JSON [`super::protocol::Failure`].
+    Failed = 54,
+    /// Nothing but a sign of life.
+    Heartbeat = 60,
+}
+
+impl Kind {
+    /// Every kind, for decoding and for tests.
+    pub const ALL: [Kind; 20] = [
+        Kind::Hello,
+        Kind::Welcome,
+        Kind::Manifest,
+        Kind::Frozen,
+        Kind::File,
+        Kind::FileData,
+        Kind::PagesOpen,
+        Kind::Pages,
+        Kind::PagesHole,
+        Kind::PagesClose,
+        Kind::LayerEntry,
+        Kind::LayerData,
+        Kind::LayerEnd,
+        Kind::Stdio,
+        Kind::Final,
+        Kind::Restored,
+        Kind::Commit,
+        Kind::Running,
+        Kind::Failed,
+        Kind::Heartbeat,
+    ];
+
+    /// The kind with this number on the wire.
+    pub fn from_wire(n: u16) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|k| *k as u16 == n)
+    }
+
+    /// The largest payload that this kind may have.
+    pub fn cap(self) -> usize {
+        match self {
+            Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
+            Kind::Stdio => MAX_CONTROL,
+            Kind::Manifest => MAX_CONTROL,
+            _ => 64 << 10,
+        }
+    }
+}
+
+/// Why bytes are not a frame.
+#[derive(Debug, Error)]
+pub enum CodecError {
+    /// The stream ended, failed or timed out.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The stream ended inside a frame or where one was due.
+    #[error("the stream ends after {got} of {want} bytes of a frame")]
+    Truncated {
+        /// Bytes that arrived.
+        got: usize,
+        /// Bytes that the frame has.
+        want: usize,
+    },
+    /// The payload is longer than its kind may be.
+    #[error("a frame of kind {kind:?} claims {len} bytes, at most {cap} are allowed")]
+    TooLong {
+        /// The frame's kind.
+        kind: Kind,
+        /// The length it claims.
+        len: usize,
+        /// The length it may have.
+        cap: usize,
+    },
+    /// The kind is unknown and may not be skipped.
+    #[error("unknown frame kind {0}")]
+    UnknownKind(u16),
+    /// The payload is not what was sent.
+    #[error("checksum of a {kind:?} frame of {len} bytes does not match")]
+    Checksum {
+        /// The frame's kind.
+        kind: Kind,
+        /// The payload's length.
+        len: usize,
+    },
+}
+
+/// The 16 bytes in front of a payload made of `parts` (their concatenation).
+///
+/// # Panics
+/// If the payload is longer than its kind's cap: a bug of the sender, not of the peer.
+pub fn header(kind: Kind, parts: &[&[u8]]) -> [u8; HEADER_LEN] {
+    let len: usize = parts.iter().map(|p| p.len()).sum();
+    assert!(len <= kind.cap(), "a {kind:?} frame of {len} bytes");
+    let sum = match parts {
+        [one] => xxh3_64(one),
+        _ => {
+            let mut h = xxhash_rust::xxh3::Xxh3::new();
+            parts.iter().for_each(|p| h.update(p));
+            h.digest()
+        }
+    };
+    let flags = if kind == Kind::Heartbeat { FLAG_SKIPPABLE } else { 0 };
+    let mut out = [0; HEADER_LEN];
+    out[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+    out[4..6].copy_from_slice(&(kind as u16).to_le_bytes());
+    out[6..8].copy_from_slice(&flags.to_le_bytes());
+    out[8..16].copy_from_slice(&sum.to_le_bytes());
+    out
+}
+
+/// Writes one frame whose payload is the concatenation of `parts`.
+pub fn write(to: &mut impl Write, kind: Kind, parts: &[&[u8]]) -> io::Result<()> {
+    to.write_all(&header(kind, parts))?;
+    for p in parts {
+        to.write_all(p)?;
+    }
+    Ok(())
+}
+
+/// Reads frames into `buf` (cleared and reused) until one of a known kind came; skippable unknown ones are dropped.
+///
+/// # Errors
+/// [`CodecError`]; a clean end of the stream in front of a frame is `Truncated { got: 0, .. }`.
+pub fn read(from: &mut impl Read, buf: &mut Vec<u8>) -> Result<Kind, CodecError> {
+    loop {
+        let mut head = [0; HEADER_LEN];
+        read_full(from, &mut head)?;
+        let field = |a: usize, b: usize| head[a..b].iter().rev().fold(0u64, |n, x| n << 8 | u64::from(*x));
+        let (len, number, flags, sum) =
+            (field(0, 4) as usize, field(4, 6) as u16, field(6, 8) as u16, field(8, 16));
+        let Some(kind) = Kind::from_wire(number) else {
+            if flags & FLAG_SKIPPABLE == 0 {
+                return Err(CodecError::UnknownKind(number));
+            }
+            let skipped = io::copy(&mut from.take(len.min(MAX_DATA) as u64), &mut io::sink())?;
+            if skipped as usize != len {
+                return Err(CodecError::Truncated { got: skipped as usize, want: len });
+            }
+            continue;
+        };
+        if len > kind.cap() {
+            return Err(CodecError::TooLong { kind, len, cap: kind.cap() });
+        }
+        buf.resize(len, 0);
+        read_full(from, buf)?;
+        if xxh3_64(buf) != sum {
+            return Err(CodecError::Checksum { kind, len });
+        }
+        return Ok(kind);
+    }
+}
+
+fn read_full(from: &mut impl Read, buf: &mut [u8]) -> Result<(), CodecError> {
+    let mut got = 0;
+    while got < buf.len() {
+        match from.read(&mut buf[got..]) {
+            Ok(0) => return Err(CodecError::Truncated { got, want: buf.len() }),
+            Ok(n) => got += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // rustls says this for a connection that was cut without a close_notify
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(CodecError::Truncated { got, want: buf.len() });
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_a_bijection() {
+        for k in Kind::ALL {
+            assert_eq!(Kind::from_wire(k as u16), Some(k));
+            assert_eq!(Kind::ALL.iter().filter(|o| **o as u16 == k as u16).count(), 1);
+        }
+        assert_eq!(Kind::from_wire(0), None);
+    }
+
+    #[test]
+    fn a_frame_in_parts_arrives_whole() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, Kind::Pages, &[b"head", &[7; 5000]]).unwrap();
+        write(&mut bytes, Kind::Heartbeat, &[]).unwrap();
+        let (mut from, mut buf) = (&bytes[..], Vec::new());
+        assert_eq!(read(&mut from, &mut buf).unwrap(), Kind::Pages);
+        assert_eq!((&buf[..4], buf.len(), buf[5003]), (&b"head"[..], 5004, 7));
+        assert_eq!(read(&mut from, &mut buf).unwrap(), Kind::Heartbeat);
+        assert!(matches!(read(&mut from, &mut buf), Err(CodecError::Truncated { got: 0, .. })));
+    }
+
+    #[test]
+    fn every_truncation_and_every_flipped_bit_is_noticed() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, Kind::FileData, &[b"some content of a file"]).unwrap();
+        let mut buf = Vec::new();
+        for cut in 0..bytes.len() {
+            assert!(read(&mut &bytes[..cut], &mut buf).is_err(), "cut at {cut}");
+        }
+        for bit in 0..bytes.len() * 8 {
+            let mut bad = bytes.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let got = read(&mut &bad[..], &mut buf);
+            // the flags are not covered by the checksum, and may change without harm to a known kind
+            assert!((48..64).contains(&bit) || !matches!(got, Ok(Kind::FileData)), "bit {bit}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn a_length_is_capped_before_memory_is_taken() {
+        let mut head = header(Kind::Hello, &[]);
+        head[0..4].copy_from_slice(&u32::MAX.to_le_bytes());
+        let mut buf = Vec::new();
+        assert!(matches!(read(&mut &head[..], &mut buf), Err(CodecError::TooLong { .. })));
+        assert_eq!(buf.capacity(), 0);
+    }
+
+    #[test]
+    fn unknown_kinds_are_skipped_only_where_the_sender_allows_it() {
+        let mut bytes = header(Kind::Heartbeat, &[b"xyz"]).to_vec();
+        bytes[4..6].copy_from_slice(&999u16.to_le_bytes());
+        bytes.extend_from_slice(b"xyz");
+        write(&mut bytes, Kind::Commit, &[b"{}"]).unwrap();
+        let mut buf = Vec::new();
+        assert_eq!(read(&mut &bytes[..], &mut buf).unwrap(), Kind::Commit);
+        bytes[6] = 0;
+        assert!(matches!(read(&mut &bytes[..], &mut buf), Err(CodecError::UnknownKind(999))));
+    }
+}

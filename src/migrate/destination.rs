@@ -1,0 +1,358 @@
+//! The destination of a migration (and of a restore from a file): receive, restore behind the gates, run, or undo.
+//!
+//! ```text
+//! Receiving --Final--> Restoring --gate 2 reached--> Held --Commit--> Running
+//!     '---------------------'-------- any error ------'--> Undone
+//! ```
+//!
+//! The guarantee: until the commit came the tasks have not run a single instruction, and every error ends with nothing
+//! left (the caller's [`DestinationTask::undo`] is called here, in one place). After it the container is ours.
+
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::Value;
+
+use super::abort::Abort;
+use super::codec::Kind;
+use super::protocol::{
+    ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
+};
+use super::report::{Clock, Report, millis};
+use super::source::ImagesDir;
+use super::stream::Receiver;
+use super::wire::{FrameSink, Wire};
+use crate::control::{Event, ReceiveRequest};
+use crate::criu::gate::At;
+use crate::criu::{Criu, GateServer};
+use crate::rootfs::WritableLayer;
+use crate::{net, tls};
+
+/// What the destination needs of the shim's container, which was created as an incoming one.
+pub trait DestinationTask: Send {
+    /// Where the writable layer goes; the rootfs is not mounted yet.
+    fn layer(&self) -> Result<WritableLayer>;
+    /// The bundle; the gates are put into it.
+    fn bundle(&self) -> PathBuf;
+    /// The shim's executable, which is the gates' program as well.
+    fn program(&self) -> Result<PathBuf>;
+    /// Mounts the rootfs.
+    fn mount(&mut self) -> Result<()>;
+    /// Makes stdio of these kinds; nothing is copied yet.
+    fn stdio(&mut self, kinds: &Value) -> Result<()>;
+    /// Starts `runc restore` on these images, with this directory first in PATH, and returns at once.
+    fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()>;
+    /// `runc restore` has ended: `Ok` with the init's pid, or what it (and CRIU) said.
+    fn restored(&mut self) -> Option<Result<u32>>;
+    /// The tasks exist and stand at the gate: a terminal is attached, stdio gets what was queued on the source.
+    fn held(&mut self, carry: &Value) -> Result<()>;
+    /// The tasks run: from here on this is an ordinary running container with this init.
+    fn adopt(&mut self, pid: u32) -> Result<()>;
+    /// Nothing of it may be left: tasks, runc's state, mounts.
+    fn undo(&mut self);
+}
+
+/// Takes the container from the peer at the other end of `tcp`.
+///
+/// # Errors
+/// With nothing left here but the container's records, which the agent removes.
+pub fn receive(
+    tcp: TcpStream,
+    task: &mut dyn DestinationTask,
+    request: &ReceiveRequest,
+    abort: &Abort,
+    events: &dyn Fn(Event),
+) -> Result<Report> {
+    let mut clock = Clock::start();
+    clock.phase("connect");
+    let silence = Duration::from_secs(request.limits.silence_s);
+    let material = request.tls.as_ref().context("no certificate for this connection")?;
+    let config = tls::config::server(material, &[ALPN_DATA])?;
+    let mut wire = Wire::accept(tcp, config, silence, |c| {
+        let name = tls::config::peer_name(c.peer_certificates().unwrap_or_default())?;
+        ensure!(name == request.peer, "the peer is {name}, the migration was agreed with {}", request.peer);
+        Ok(())
+    })?;
+    let result = greet(&mut wire, request)
+        .and_then(|()| take(&mut wire, task, request, abort, &mut clock, events, Peer::Waits));
+    finish(result, &mut wire, task, request, &mut clock)
+}
+
+/// Takes the container from a checkpoint file, read up to and including its manifest.
+///
+/// # Errors
+/// As [`receive`].
+pub fn restore(
+    mut wire: Wire,
+    manifest: Manifest,
+    task: &mut dyn DestinationTask,
+    request: &ReceiveRequest,
+    abort: &Abort,
+    events: &dyn Fn(Event),
+) -> Result<Report> {
+    let mut clock = Clock::start();
+    let result = take(&mut wire, task, request, abort, &mut clock, events, Peer::File(manifest));
+    result.inspect_err(|_| task.undo())
+}
+
+/// Who is at the other end.
+enum Peer {
+    /// A source that waits for our word and commits.
+    Waits,
+    /// A file, whose manifest was read already.
+    File(Manifest),
+}
+
+fn finish(
+    result: Result<Report>,
+    wire: &mut Wire,
+    task: &mut dyn DestinationTask,
+    request: &ReceiveRequest,
+    clock: &mut Clock,
+) -> Result<Report> {
+    match result {
+        Ok(report) => Ok(report),
+        Err(e) => {
+            // undone first: once the source has our word, it runs again
+            task.undo();
+            let failure = failure_of(&e, clock.current(), &request.node);
+            wire.fail(&failure);
+            Err(failure.into())
+        }
+    }
+}
+
+/// What the operator and the peer are told about an error.
+pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
+    match e.downcast_ref::<Failure>() {
+        Some(f) => f.clone(),
+        None => Failure {
+            phase: phase.to_owned(),
+            node: node.to_owned(),
+            message: format!("{e:#}"),
+            advice: String::new(),
+        },
+    }
+}
+
+fn greet(wire: &mut Wire, request: &ReceiveRequest) -> Result<()> {
+    let hello: Hello = wire.expect(Kind::Hello)?;
+    ensure!(
+        hello.migration_id == request.migration_id && same(&hello.ticket, &request.ticket),
+        "the source showed a ticket that is not for this migration"
+    );
+    let version = select((OLDEST, VERSION), (hello.oldest, hello.newest)).map_err(|e| anyhow!(e))?;
+    wire.json(Kind::Welcome, &Welcome { version })
+}
+
+/// Compares without telling by its time where the difference is.
+fn same(a: &str, b: &str) -> bool {
+    a.len() == b.len() && !a.is_empty() && a.bytes().zip(b.bytes()).fold(0, |d, (x, y)| d | (x ^ y)) == 0
+}
+
+fn take(
+    wire: &mut Wire,
+    task: &mut dyn DestinationTask,
+    request: &ReceiveRequest,
+    abort: &Abort,
+    clock: &mut Clock,
+    events: &dyn Fn(Event),
+    peer: Peer,
+) -> Result<Report> {
+    let phase = |clock: &mut Clock, name: &str| {
+        clock.phase(name);
+        events(Event::Phase { phase: name.to_owned() });
+    };
+    phase(clock, "receive");
+    let images = ImagesDir::create(&request.limits.images_dir, &request.migration_id)?;
+    let netns = request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
+    let (manifest, waits) = match peer {
+        Peer::Waits => (wire.expect::<Manifest>(Kind::Manifest)?, true),
+        Peer::File(manifest) => (manifest, false),
+    };
+    let (carry, totals) =
+        receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
+
+    phase(clock, "prepare");
+    task.mount().context("mounting the container's rootfs")?;
+    task.stdio(&manifest.stdio).context("making the container's stdio")?;
+    let criu = Criu::find(request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
+    let mut gate = GateServer::prepare(&task.bundle(), &task.program()?, &criu.path, "")?;
+    phase(clock, "runc restore");
+    task.restore(&images.0, gate.dir()).context("starting runc restore")?;
+    wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
+    phase(clock, "criu restore");
+    gate.open_restore()?;
+    wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
+
+    // the tasks are complete and stand at the gate: from here the source decides
+    task.held(&carry).context("connecting the container's stdio")?;
+    let kick = match (&netns, gate.held_by()) {
+        (Some(ns), Some(script)) => net::Kick::collect(ns.as_fd(), &restored_tasks(script))
+            .inspect_err(|e| log::warn!("looking for the container's TCP connections: {e:#}"))
+            .unwrap_or_default(),
+        _ => net::Kick::default(),
+    };
+    if waits {
+        phase(clock, "commit");
+        wire.json(Kind::Restored, &Restored::default())?;
+        wire.expect::<Commit>(Kind::Commit).context("waiting for the source's commit")?;
+    }
+    ensure!(abort.commit(), "the migration was given up by request");
+    phase(clock, "resume");
+    // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
+    if let Some(ns) = &netns {
+        net::unfence(ns.as_fd()).context("lifting the fence of the container's network")?;
+    }
+    let let_go = Instant::now();
+    gate.open_run()?;
+    if let (Some(ns), Some(cfg)) = (&netns, &request.net)
+        && let Err(e) = net::announce(ns.as_fd(), cfg)
+    {
+        events(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
+    }
+    // peers that retransmitted into the fence wait longer and longer: have them send now
+    if let Some(ns) = &netns
+        && let Err(e) = kick.send(ns.as_fd())
+    {
+        events(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
+    }
+    let pid = wait_for_runc(wire, task, waits)?;
+    task.adopt(pid).context("taking over the restored container")?;
+    let (phases, total_ms) = clock.done();
+    if waits {
+        let running = Running { since_ms: millis(let_go.elapsed()), phases: phases.clone() };
+        // the tasks run: a lost message changes nothing any more
+        if let Err(e) = wire.json(Kind::Running, &running).and_then(|()| wire.flush()) {
+            events(Event::Warning { message: format!("telling the source: {e:#}") });
+        }
+    }
+    Ok(Report {
+        migration_id: request.migration_id.clone(),
+        total_ms,
+        phases,
+        sent: totals,
+        ..Report::default()
+    })
+}
+
+fn receive_state(
+    wire: &mut Wire,
+    images: &Path,
+    layer: &WritableLayer,
+    memory_cap: u64,
+    abort: &Abort,
+    events: &dyn Fn(Event),
+) -> Result<(Value, Final)> {
+    let mut receiver = Receiver::new(images, layer, memory_cap)?;
+    let mut shown = 0;
+    loop {
+        match wire.next()? {
+            Kind::Final => {
+                let totals = wire.message::<Final>()?;
+                return Ok((receiver.finish(&totals)?, totals));
+            }
+            Kind::Failed => return Err(wire.message::<Failure>()?.into()),
+            kind => receiver.take(kind, wire.payload())?,
+        }
+        if wire.bytes().1 - shown > 8 << 20 {
+            shown = wire.bytes().1;
+            events(Event::Progress { bytes: shown });
+            ensure!(!abort.asked(), "the migration was given up by request");
+        }
+    }
+}
+
+/// Waits until runc's CRIU stands at this gate; notices when runc has ended instead, and shows the peer signs of life.
+fn wait_for(
+    point: At,
+    gate: &mut GateServer,
+    wire: &mut Wire,
+    task: &mut dyn DestinationTask,
+    abort: &Abort,
+    waits: bool,
+) -> Result<()> {
+    loop {
+        if gate.reached(point, Duration::from_millis(100))? {
+            return Ok(());
+        }
+        match task.restored() {
+            Some(Err(e)) => return Err(e),
+            Some(Ok(_)) => bail!("runc restore ended without waiting at its gate ({point:?})"),
+            None => {}
+        }
+        ensure!(!abort.asked(), "the migration was given up by request");
+        if waits {
+            wire.alive()?;
+        }
+    }
+}
+
+/// After the gate is open: runc ends by itself, within milliseconds.
+fn wait_for_runc(wire: &mut Wire, task: &mut dyn DestinationTask, waits: bool) -> Result<u32> {
+    loop {
+        if let Some(ended) = task.restored() {
+            return ended;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        if waits {
+            wire.alive()?;
+        }
+    }
+}
+
+/// The tasks that CRIU has restored, from the pid of the script that it runs: CRIU is the script's parent, and restores the
+/// tasks as its own siblings, below runc (`rst_sibling`).
+fn restored_tasks(script: i32) -> Vec<i32> {
+    let Some(criu) = parent(script) else { return Vec::new() };
+    let Some(runc) = parent(criu) else { return Vec::new() };
+    let (mut found, mut next) = (Vec::new(), children(runc));
+    next.retain(|pid| *pid != criu);
+    while let Some(pid) = next.pop() {
+        next.extend(children(pid));
+        found.push(pid);
+    }
+    found
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // the name is in parentheses and may hold anything
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let of_thread =
+        |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
+    threads
+        .flatten()
+        .flat_map(|t| of_thread(t).split_whitespace().filter_map(|p| p.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tickets_are_compared_whole() {
+        assert!(same("abc", "abc"));
+        assert!(!same("abc", "abd") && !same("abc", "ab") && !same("", ""));
+    }
+
+    #[test]
+    fn a_failure_of_the_peer_is_passed_on_unchanged() {
+        let f = Failure { phase: "dump".into(), node: "a".into(), message: "m".into(), advice: "x".into() };
+        let e = anyhow::Error::from(f.clone()).context("receiving");
+        assert_eq!(failure_of(&e, "receive", "b"), f);
+        let own = failure_of(&anyhow!("no room").context("writing"), "receive", "b");
+        assert_eq!(
+            (own.message.as_str(), own.phase.as_str(), own.node.as_str()),
+            ("writing: no room", "receive", "b")
+        );
+    }
+}

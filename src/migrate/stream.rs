@@ -1,0 +1,310 @@
+//! The container's state as frames: memory, image files, writable layer, queued stdio. The same for a peer and for a
+//! checkpoint file.
+//!
+//! ```text
+//! PagesOpen  kind u8 (1 process, 2 shared memory), id u64         LayerEntry  rootfs::Entry
+//! Pages      vaddr u64, flags u32, bytes                          LayerData   offset u64, bytes
+//! PagesHole  vaddr u64, pages u64, flags u32                      File        JSON FileHeader, then FileData frames
+//! ```
+//!
+//! All integers are little-endian. Nothing here is ever stored as a whole: what CRIU hands over goes out at once.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::codec::Kind;
+use super::protocol::{FileHeader, Final};
+use super::wire::{FrameSink, Wire};
+use crate::criu::page_server::page_size;
+use crate::criu::{ImageKind, PageEvent, PageStore};
+use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
+
+/// Content bytes in one frame.
+const PIECE: usize = 1 << 20;
+
+/// Counts what goes through, on either side and when a file is verified.
+#[derive(Debug, Default)]
+pub struct Counter {
+    totals: Final,
+    file_left: u64,
+}
+
+impl Counter {
+    /// Takes note of one frame.
+    ///
+    /// # Errors
+    /// The frame does not fit what came before it.
+    pub fn count(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
+        let t = &mut self.totals;
+        if kind != Kind::FileData {
+            ensure!(self.file_left == 0, "{} bytes of an image file are missing", self.file_left);
+        }
+        match kind {
+            Kind::File => {
+                t.files += 1;
+                self.file_left = serde_json::from_slice::<FileHeader>(payload)?.size;
+            }
+            Kind::FileData => {
+                let len = payload.len() as u64;
+                ensure!(len <= self.file_left, "an image file is longer than announced");
+                self.file_left -= len;
+                t.file_bytes += len;
+            }
+            Kind::Pages => {
+                let (_, _, bytes) = decode_pages(payload)?;
+                t.pages += (bytes.len() / page_size()) as u64;
+                t.page_bytes += bytes.len() as u64;
+            }
+            Kind::LayerEntry => t.layer_entries += 1,
+            Kind::LayerData => t.layer_bytes += payload.len().saturating_sub(8) as u64,
+            Kind::Frozen | Kind::PagesOpen | Kind::PagesHole | Kind::PagesClose => {}
+            Kind::LayerEnd | Kind::Stdio => {}
+            other => bail!("a {other:?} frame inside the container's state"),
+        }
+        Ok(())
+    }
+
+    /// What was counted.
+    pub fn totals(&self) -> Final {
+        self.totals.clone()
+    }
+}
+
+/// Sends the state; counts what it sends. Borrowed by closures of the dump, therefore one object for all parts.
+pub struct Sender<'a> {
+    wire: &'a mut Wire,
+    counter: Counter,
+    entry: Vec<u8>,
+}
+
+impl<'a> Sender<'a> {
+    /// Sends through `wire`.
+    pub fn new(wire: &'a mut Wire) -> Self {
+        Sender { wire, counter: Counter::default(), entry: Vec::new() }
+    }
+
+    fn frame(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<()> {
+        self.wire.frame(kind, parts)
+    }
+
+    /// One event of CRIU's dump.
+    pub fn pages(&mut self, event: PageEvent<'_>) -> Result<()> {
+        match event {
+            PageEvent::Open { kind, id } => {
+                let kind = match kind {
+                    ImageKind::Pid => 1u8,
+                    ImageKind::Shmem => 2,
+                };
+                self.frame(Kind::PagesOpen, &[&[kind], &id.to_le_bytes()])
+            }
+            PageEvent::Pages { vaddr, flags, bytes } => {
+                for (n, piece) in bytes.chunks(PIECE).enumerate() {
+                    let vaddr = vaddr + (n * PIECE) as u64;
+                    self.frame(Kind::Pages, &[&vaddr.to_le_bytes(), &flags.to_le_bytes(), piece])?;
+                }
+                self.counter.totals.pages += (bytes.len() / page_size()) as u64;
+                self.counter.totals.page_bytes += bytes.len() as u64;
+                Ok(())
+            }
+            PageEvent::Hole { vaddr, pages, flags } => self
+                .frame(Kind::PagesHole, &[&vaddr.to_le_bytes(), &pages.to_le_bytes(), &flags.to_le_bytes()]),
+            PageEvent::Close => self.frame(Kind::PagesClose, &[]),
+            PageEvent::Idle => self.wire.alive(),
+        }
+    }
+
+    /// Every plain file of CRIU's images directory, by name; the directory holds metadata only.
+    pub fn files(&mut self, dir: &Path) -> Result<()> {
+        let mut names: Vec<_> = std::fs::read_dir(dir)
+            .with_context(|| format!("reading {}", dir.display()))?
+            .map(|e| Ok(e?.file_name()))
+            .collect::<Result<_>>()?;
+        names.sort();
+        let mut buf = vec![0; PIECE];
+        for name in names {
+            let path = dir.join(&name);
+            let mut file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+            let meta = file.metadata()?;
+            if !meta.is_file() {
+                continue;
+            }
+            let header = FileHeader { name: name.to_string_lossy().into_owned(), size: meta.len() };
+            ensure!(header.is_safe(), "CRIU wrote an image with an odd name: {}", path.display());
+            self.wire.json(Kind::File, &header)?;
+            let mut left = header.size as usize;
+            while left > 0 {
+                let n = left.min(PIECE);
+                file.read_exact(&mut buf[..n]).with_context(|| format!("reading {}", path.display()))?;
+                self.frame(Kind::FileData, &[&buf[..n]])?;
+                left -= n;
+            }
+            self.counter.totals.files += 1;
+            self.counter.totals.file_bytes += header.size;
+        }
+        Ok(())
+    }
+
+    /// The writable layer.
+    pub fn layer(&mut self, layer: &WritableLayer) -> Result<()> {
+        rootfs::capture(&layer.dir, &CaptureOptions::for_layer(layer), self)
+            .context("reading the writable layer")?;
+        self.frame(Kind::LayerEnd, &[b"{}"])
+    }
+
+    /// Stdio that was queued at the freeze.
+    pub fn stdio(&mut self, carry: &Value) -> Result<()> {
+        self.wire.json(Kind::Stdio, carry)
+    }
+
+    /// Bytes sent so far, see [`Wire::bytes`].
+    pub fn sent(&self) -> u64 {
+        self.wire.bytes().0
+    }
+
+    /// The peer's own reason for hanging up, see [`Wire::reason`].
+    pub fn reason(&mut self) -> Option<super::protocol::Failure> {
+        self.wire.reason()
+    }
+
+    /// Says that this was everything.
+    pub fn finish(self) -> Result<Final> {
+        let totals = self.counter.totals();
+        self.wire.json(Kind::Final, &totals)?;
+        self.wire.flush()?;
+        Ok(totals)
+    }
+}
+
+impl Sink for Sender<'_> {
+    fn entry(&mut self, e: &Entry) -> Result<()> {
+        self.counter.totals.layer_entries += 1;
+        self.entry.clear();
+        e.encode(&mut self.entry);
+        self.wire.frame(Kind::LayerEntry, &[&self.entry])
+    }
+
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        for (n, piece) in bytes.chunks(PIECE).enumerate() {
+            self.frame(Kind::LayerData, &[&(offset + (n * PIECE) as u64).to_le_bytes(), piece])?;
+        }
+        self.counter.totals.layer_bytes += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Takes the state in: images into a directory on tmpfs, the layer into its place.
+pub struct Receiver {
+    images: PathBuf,
+    pages: PageStore,
+    file: Option<File>,
+    layer: Option<Apply>,
+    carry: Value,
+    counter: Counter,
+}
+
+impl Receiver {
+    /// Images go into the empty directory `images` (no more than `memory_cap` bytes of pages), the layer into `layer`.
+    pub fn new(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
+        Ok(Receiver {
+            images: images.to_owned(),
+            pages: PageStore::new(images, memory_cap),
+            file: None,
+            layer: Some(Apply::for_layer(layer)?),
+            carry: Value::Null,
+            counter: Counter::default(),
+        })
+    }
+
+    /// Takes one frame of the state.
+    ///
+    /// # Errors
+    /// It does not fit what came before, or could not be written.
+    pub fn take(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
+        self.counter.count(kind, payload)?;
+        match kind {
+            Kind::PagesOpen => {
+                ensure!(payload.len() == 9, "a PagesOpen frame of {} bytes", payload.len());
+                let kind = match payload[0] {
+                    1 => ImageKind::Pid,
+                    2 => ImageKind::Shmem,
+                    n => bail!("memory of unknown kind {n}"),
+                };
+                self.pages.event(PageEvent::Open { kind, id: u64_at(payload, 1) })
+            }
+            Kind::Pages => {
+                let (vaddr, flags, bytes) = decode_pages(payload)?;
+                self.pages.event(PageEvent::Pages { vaddr, flags, bytes })
+            }
+            Kind::PagesHole => {
+                ensure!(payload.len() == 20, "a PagesHole frame of {} bytes", payload.len());
+                let flags = u32::from_le_bytes(payload[16..20].try_into()?);
+                let (vaddr, pages) = (u64_at(payload, 0), u64_at(payload, 8));
+                self.pages.event(PageEvent::Hole { vaddr, pages, flags })
+            }
+            Kind::PagesClose => self.pages.event(PageEvent::Close),
+            Kind::File => {
+                let header: FileHeader = serde_json::from_slice(payload).context("an image file's header")?;
+                ensure!(header.is_safe(), "an image file with the name {:?}", header.name);
+                let path = self.images.join(&header.name);
+                // O_EXCL: one image never overwrites another
+                let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+                self.file = Some(open.with_context(|| format!("creating {}", path.display()))?);
+                Ok(())
+            }
+            Kind::FileData => {
+                let file = self.file.as_mut().context("image bytes without a file")?;
+                file.write_all(payload).context("writing an image file (is the tmpfs full?)")
+            }
+            Kind::LayerEntry => {
+                let entry = Entry::decode(payload)?;
+                self.layer.as_mut().context("a layer entry after the layer's end")?.entry(&entry)
+            }
+            Kind::LayerData => {
+                ensure!(payload.len() >= 8, "a LayerData frame of {} bytes", payload.len());
+                let layer = self.layer.as_mut().context("layer content after the layer's end")?;
+                layer.data(u64_at(payload, 0), &payload[8..])
+            }
+            Kind::LayerEnd => {
+                let layer = self.layer.take().context("the layer ends twice")?;
+                layer.finish().context("finishing the writable layer")?;
+                Ok(())
+            }
+            Kind::Stdio => {
+                self.carry = serde_json::from_slice(payload).context("queued stdio")?;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The stream said that it is complete.
+    ///
+    /// # Errors
+    /// Something is missing.
+    pub fn finish(self, announced: &Final) -> Result<Value> {
+        ensure!(self.layer.is_none(), "the writable layer did not arrive whole");
+        let got = self.counter.totals();
+        ensure!(got == *announced, "not everything arrived: {got:?} of {announced:?}");
+        self.pages.finish().context("writing the memory images")?;
+        Ok(self.carry)
+    }
+}
+
+fn decode_pages(payload: &[u8]) -> Result<(u64, u32, &[u8])> {
+    ensure!(payload.len() >= 12, "a Pages frame of {} bytes", payload.len());
+    let flags = u32::from_le_bytes(payload[8..12].try_into()?);
+    ensure!(
+        payload[12..].len().is_multiple_of(page_size()),
+        "a Pages frame that is no whole number of pages"
+    );
+    Ok((u64_at(payload, 0), flags, &payload[12..]))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes, length checked by the caller"))
+}

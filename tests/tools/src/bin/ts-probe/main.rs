@@ -1,0 +1,70 @@
+//! Workloads that the tests run inside containers, to be moved while they work. Static, so that it runs in any image.
+//!
+//! Every one of them holds something that a migration has to carry, checks it over and over, and says so in lines of the form
+//! `NAME round=N wrong=W ...` on stdout. USR1 makes it check at once, TERM ends it. One workload per file.
+
+mod check;
+mod count;
+mod deleted;
+mod files;
+mod io_uring;
+mod memory;
+mod say;
+mod tcp;
+mod threads;
+mod tree;
+mod unix_pair;
+
+use std::process::ExitCode;
+
+use transship_testtools::{args::Args, signals};
+
+const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 200)
+  count [--stderr]           a counter on stdout (and stderr); lines from stdin come back as `in LINE`
+  tcp-echo PORT              accept; both sides send numbered lines and check each other's
+  tcp-connect HOST PORT      the other side of it, over one connection
+  append FILE                append a numbered line each round, the file stays open
+  check-append FILE          print how many lines it has; fail unless they are 1, 2, 3 ...
+  deleted FILE MB            a file that is open but deleted
+  files DIR MB               files of pseudo-random content in DIR (a tmpfs, say)
+  memory MB [--dirty PCT]    anonymous memory, PCT percent of it rewritten each round
+  io-uring                   hold an io_uring
+  unix-pair                  a socketpair between two processes
+  threads N                  N threads, each with its own counter
+  tree N                     N children with a child each, all answering through pipes
+  sleep                      nothing";
+
+fn run() -> Result<(), String> {
+    let mut args = Args::new(std::env::args().skip(1), &["help", "stderr"]);
+    signals::install();
+    if args.flag("help") {
+        println!("{HELP}");
+        return Ok(());
+    }
+    match args.position("WORKLOAD")?.as_str() {
+        "count" => count::run(&args),
+        "tcp-echo" => tcp::listen(&mut args),
+        "tcp-connect" => tcp::connect(&mut args),
+        "append" => files::append(&mut args),
+        "check-append" => check::append(&mut args),
+        "deleted" => deleted::run(&mut args),
+        "files" => files::run(&mut args),
+        "memory" => memory::run(&mut args),
+        "io-uring" => io_uring::run(&args),
+        "unix-pair" => unix_pair::run(&args),
+        "threads" => threads::run(&mut args),
+        "tree" => tree::run(&mut args),
+        "sleep" => say::rounds("sleep", &args, |_| Ok(String::new())),
+        other => Err(format!("no workload {other:?}\n{HELP}")),
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("ts-probe: {e}");
+            ExitCode::from(2)
+        }
+    }
+}
