@@ -14,12 +14,12 @@ use super::{
         RestoreReport, RestoreRequest,
     },
     destination::{follow, no_blobs},
+    examine::{describe, image_of},
     message::{Offer, Refusal},
     netns,
     placement::{Placement, plain, situation},
     preflight,
     reporter::Reporter,
-    source::{describe, image_of},
     spec,
 };
 use crate::{
