@@ -1,0 +1,101 @@
+//! Root tests: real containerd (1.7 and 2.1), runc, CRIU and redis in two nodes on this machine. `tests/README.md` says how to
+//! run and write them.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | `bed.rs` | the two nodes: up, down, commands in them, logs, the check for leaks |
+//! | `container.rs` | containers, pods and images through ctr |
+//! | `client.rs` | the redis client outside of the nodes |
+//! | `moves.rs` | migrations through the command line |
+//! | `requirements.rs` | what this machine has, and why a scenario is skipped |
+//! | `scenarios/` | the scenarios, one subject per file |
+//!
+//! Every scenario runs once for each containerd (`c17::name`, `c21::name`), one after the other; those of one containerd share a
+//! bed. After each, nothing of it may be left in either node.
+
+mod bed;
+mod client;
+mod container;
+mod moves;
+mod requirements;
+mod scenarios;
+
+use std::sync::{Arc, Mutex};
+
+use bed::{Bed, Containerd};
+use libtest_mimic::{Arguments, Failed, Trial};
+use requirements::Needs;
+
+/// One thing to show, on a bed that is clean when it starts and must be clean when it ends.
+pub struct Scenario {
+    /// Unique; what it shows.
+    pub name: &'static str,
+    /// What it cannot run without.
+    pub needs: Needs,
+    /// Does it.
+    pub run: fn(&Bed) -> anyhow::Result<()>,
+}
+
+type Shared = Arc<Mutex<Option<Bed>>>;
+
+/// Runs one scenario on the shared bed, which is made first if there is none (or the last one was spoilt).
+fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result<(), Failed> {
+    let mut shared = shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    // taken, not borrowed: if the scenario panics, the bed goes down with it and the next one gets a new bed
+    let mut bed = match shared.take() {
+        Some(bed) => bed,
+        None => Bed::up(containerd).map_err(|e| format!("{e:#}"))?,
+    };
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        bed.prepare(scenario.needs)?;
+        (scenario.run)(&bed)?;
+        bed.expect_clean()
+    }));
+    let error = match outcome {
+        Ok(Ok(())) => {
+            *shared = Some(bed);
+            return Ok(());
+        }
+        Ok(Err(e)) => format!("{e:#}"),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()))
+                .unwrap_or("panicked".into())
+        }
+    };
+    let logs = bed.logs();
+    bed.spoil();
+    Err(format!("{error}\n{logs}").into())
+}
+
+fn main() {
+    let mut args = Arguments::from_args();
+    // two scenarios at once would see each other as leaks, and this machine's timing matters
+    args.test_threads = Some(1);
+    let mut trials = Vec::new();
+    let mut beds = Vec::new();
+    for containerd in Containerd::ALL {
+        let shared: Shared = Arc::default();
+        beds.push(Arc::clone(&shared));
+        for scenario in scenarios::all() {
+            let name = format!("{containerd}::{}", scenario.name);
+            let missing = requirements::missing(containerd, scenario.needs);
+            if let Some(reason) = &missing
+                && !args.list
+            {
+                eprintln!("skipped: {name}: {reason}");
+            }
+            let shared = Arc::clone(&shared);
+            let test = Trial::test(name, move || trial(scenario, containerd, &shared));
+            trials.push(test.with_ignored_flag(missing.is_some()));
+        }
+    }
+    let conclusion = libtest_mimic::run(&args, trials);
+    // exit() runs no destructors
+    drop(
+        beds.iter()
+            .map(|b| b.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take())
+            .collect::<Vec<_>>(),
+    );
+    conclusion.exit()
+}

@@ -1,0 +1,11 @@
+//! The scenarios, one subject per file. To add one: write a function over a [`Bed`](crate::bed::Bed) and list it in its file's `ALL`.
+
+mod moving;
+mod tasks;
+
+use crate::Scenario;
+
+/// Every scenario, in the order in which they run.
+pub fn all() -> impl Iterator<Item = &'static Scenario> {
+    [tasks::ALL, moving::ALL].into_iter().flatten()
+}
