@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
 };
@@ -166,6 +167,7 @@ pub fn send(
     phase(&mut clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
+    fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
@@ -295,6 +297,7 @@ fn freeze_and_stream(
     go_on()?;
     phase("freeze");
     let (still, carry) = Still::enter(task, freezer, netns)?;
+    fault::point("frozen");
     let processes = still.freezer.pids().map(|p| p.len()).unwrap_or(0);
     wire.json(Kind::Frozen, &Frozen { processes })?;
     wire.flush()?;
