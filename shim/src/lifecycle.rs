@@ -61,7 +61,10 @@ pub async fn create(
         None if request.checkpoint.is_empty() => (Origin::Fresh, State::Created),
         None => {
             let image = PathBuf::from(&request.checkpoint);
-            (Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() }, State::CreatedCheckpoint)
+            (
+                Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() },
+                State::CreatedCheckpoint,
+            )
         }
     };
     let stdio = StdioConfig {
