@@ -397,8 +397,7 @@ fn last_logged_error(log: &Path, start: u64) -> Option<String> {
     file.take(1 << 20).read_to_string(&mut text).ok()?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<Line>(l).ok())
-        .filter(|l| l.level == "error" || l.level == "fatal")
-        .next_back()
+        .rfind(|l| l.level == "error" || l.level == "fatal")
         .map(|l| l.msg.trim().to_string())
 }
 
