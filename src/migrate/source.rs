@@ -109,12 +109,12 @@ impl Still {
         unfenced.context("lifting the fence (the container runs, its network is still fenced)")
     }
 
-    fn gone(mut self) -> Result<()> {
+    /// Kills the frozen tasks; not a packet of theirs gets out. The fence stays: where the container lives on under the same
+    /// addresses, nothing here may answer for them until the agent removes the netns.
+    fn gone(&mut self) -> Result<()> {
         self.armed = false;
-        let killed = self.task.kill();
-        // a netns that others share stays: no rule of ours may be left in it
-        net::unfence(self.netns.as_fd()).ok();
-        killed.context("killing the frozen copy after the move")
+        net::silence(self.freezer.pids().unwrap_or_default());
+        self.task.kill().context("killing the frozen copy")
     }
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
@@ -163,7 +163,7 @@ pub fn send(
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
+    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
     phase(&mut clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
@@ -219,6 +219,8 @@ pub fn checkpoint(
         clock.phase("sync");
         wire.close().context("writing the checkpoint to disk")?;
         still.gone()?;
+        // nobody else has these addresses: the netns is its owner's again
+        net::unfence(still.netns.as_fd()).context("lifting the fence")?;
     } else {
         still.roll_back()?;
         clock.phase("sync");
