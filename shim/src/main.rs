@@ -1,14 +1,85 @@
-//! The binary `containerd-shim-transship-v2`.
+//! The binary `containerd-shim-transship-v2`: a containerd shim v2 that wraps stock runc and can move its containers to another node.
+//!
+//! # Layout
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `bootstrap` | the short actions: `start`, `delete`, `-info`, `-v` |
+//! | `detect` | which Task API the calling containerd speaks |
+//! | `group` | which containers share a shim |
+//! | `server` | the long-lived process: ttrpc server, log, signals |
+//! | `service` | the Task API, call by call |
+//! | `container`, `lifecycle`, `control`, `exec`, `checkpoint` | a container and what is done with it |
+//! | `process`, `state` | one process, its states |
+//! | `runc`, `command`, `reaper` | running runc; waiting for children |
+//! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
+//! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
+//! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
+//! | `hooks` | where the migration hooks in |
 
-#[allow(dead_code, unused_imports)]
+mod bootstrap;
+mod bundle;
+mod checkpoint;
+mod command;
+#[allow(dead_code)] // until migration.rs moves terminals
 mod console;
-#[allow(dead_code, unused_imports)]
+mod container;
+mod control;
+mod detect;
+mod errors;
 mod events;
-#[allow(dead_code, unused_imports)]
+mod exec;
+mod group;
+mod hooks;
+#[allow(dead_code, unused_imports)] // until migration.rs moves streams
 mod io;
-#[allow(dead_code, unused_imports)]
+mod lifecycle;
+mod mounts;
 mod oom;
-#[allow(dead_code, unused_imports)]
+mod options;
+mod process;
+mod reaper;
+mod runc;
+mod server;
+mod service;
+mod state;
 mod stats;
+mod stdio;
+#[cfg(test)]
+mod tests;
 
-fn main() {}
+use std::{process::ExitCode, sync::Arc};
+
+use anyhow::{Result, bail};
+
+fn main() -> ExitCode {
+    server::save_memory();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // containerd shows the stderr of a failed start to the user.
+            eprintln!("{}: {e:#}", bootstrap::RUNTIME_NAME);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = containerd_shim::parse(&args)?;
+    if flags.version {
+        bootstrap::version();
+        return Ok(());
+    }
+    if flags.info {
+        return bootstrap::info();
+    }
+    if flags.namespace.is_empty() {
+        bail!("shim namespace cannot be empty");
+    }
+    match flags.action.as_str() {
+        "start" => bootstrap::start(&flags),
+        "delete" => bootstrap::delete(&flags),
+        _ => server::run(&flags, Arc::new(hooks::NoHooks)),
+    }
+}

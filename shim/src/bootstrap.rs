@@ -1,0 +1,373 @@
+//! The actions of the short-lived shim process: `start` (hands containerd the address of the long-lived one, which it starts when
+//! the group has none yet), `delete` (cleans up after a shim that is gone), `-info` and `-v`. No runtime, no threads here.
+//!
+//! containerd-shim's own bootstrap is not used: it starts a server on which only Task v3 can be registered, and lets that server
+//! bind the socket itself. Here the socket is bound and listening *before* the server is started and is inherited by it, so that
+//! containerd's connection is accepted by the kernel at once. Its message types and address rules are used.
+
+use std::{
+    env, fs,
+    io::{self, ErrorKind, IsTerminal, Read, Write},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{DirBuilderExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::SystemTime,
+};
+
+use anyhow::{Context, Result, bail};
+use containerd_shim::{
+    Flags, StartOpts,
+    bootstrap::{BootstrapParams, BootstrapResult, Extension},
+    cgroup,
+    protos::{
+        protobuf::{Message, MessageField, well_known_types::any::Any},
+        shim::{oci::Options, shim::DeleteResponse},
+        types::introspection::{RuntimeInfo, RuntimeVersion},
+    },
+};
+
+use crate::{
+    detect::{self, TaskApi},
+    group, mounts, options, process, runc,
+};
+
+/// The runtime's name as containerd's configuration has it.
+pub const RUNTIME_NAME: &str = "io.containerd.transship.v2";
+
+/// Descriptor on which the server inherits its listening socket.
+pub const LISTEN_FD: i32 = 3;
+
+/// Largest message read from stdin, in bytes (containerd's own limit).
+const INPUT_LIMIT: u64 = 10 << 20;
+
+/// How `start` was called, which decides the form of the answer.
+#[derive(Debug, PartialEq, Eq)]
+enum Protocol {
+    /// containerd 2.3 and later: protobuf both ways.
+    Bootstrap,
+    /// Before: flags and environment; the answer by the caller's version.
+    Legacy,
+}
+
+/// `start`: prints the address of the group's server.
+pub fn start(flags: &Flags) -> Result<()> {
+    let input = read_stdin()?;
+    let (opts, protocol) = start_options(&input, flags)?;
+    let bundle = env::current_dir().context("find the bundle")?;
+    let group = group::of_bundle(&bundle, &opts.id)?;
+    let address = opts.socket_address(&group);
+    if let Some(listener) = bind(&address)? {
+        let spawned = spawn_server(&opts, &listener);
+        if spawned.is_err() {
+            let _ = fs::remove_file(socket_path(&address));
+        }
+        spawned?;
+    }
+    // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own.
+    fs::write(bundle.join("address"), &address).context("write the address file")?;
+    let answer = match protocol {
+        Protocol::Bootstrap => {
+            let answer =
+                BootstrapResult { version: 3, address, protocol: "ttrpc".into(), ..Default::default() };
+            answer.write_to_bytes().context("encode the answer")?
+        }
+        Protocol::Legacy => legacy_answer(detect::task_api(&flags.publish_binary), &address),
+    };
+    io::stdout().write_all(&answer).and_then(|()| io::stdout().flush()).context("answer containerd")
+}
+
+/// containerd 1.x takes a bare address for a v2 shim (all of them do); 2.x takes JSON for any.
+fn legacy_answer(api: TaskApi, address: &str) -> Vec<u8> {
+    match api {
+        TaskApi::V2 => address.as_bytes().to_vec(),
+        TaskApi::V3 => serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"})
+            .to_string()
+            .into_bytes(),
+    }
+}
+
+/// Reads what containerd has passed, by either protocol.
+fn start_options(input: &[u8], flags: &Flags) -> Result<(StartOpts, Protocol)> {
+    if let Some(params) = bootstrap_message(input, &flags.id, &flags.namespace)? {
+        let mut opts = StartOpts::from(params);
+        opts.debug |= flags.debug;
+        return Ok((opts, Protocol::Bootstrap));
+    }
+    let mut params = BootstrapParams {
+        instance_id: flags.id.clone(),
+        namespace: flags.namespace.clone(),
+        containerd_ttrpc_address: env::var("TTRPC_ADDRESS").unwrap_or_default(),
+        containerd_grpc_address: flags.address.clone(),
+        containerd_binary: flags.publish_binary.clone(),
+        ..Default::default()
+    };
+    if let Ok(any) = Any::parse_from_bytes(input)
+        && !any.type_url.is_empty()
+    {
+        params.extensions.push(Extension { value: MessageField::some(any), ..Default::default() });
+    }
+    let mut opts = StartOpts::from(params);
+    opts.debug = flags.debug;
+    if opts.ttrpc_address.is_empty() {
+        bail!("TTRPC_ADDRESS is not set: started by hand? containerd runs this program");
+    }
+    Ok((opts, Protocol::Legacy))
+}
+
+/// The bootstrap message of containerd 2.3 and later. Options of the older protocol decode as one, too, so it has to name the same
+/// container as the flags.
+fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<BootstrapParams>> {
+    let Ok(params) = BootstrapParams::parse_from_bytes(input) else { return Ok(None) };
+    if params.instance_id == id && params.namespace == namespace && !input.is_empty() {
+        return Ok(Some(params));
+    }
+    if !params.containerd_grpc_address.is_empty() || !params.containerd_ttrpc_address.is_empty() {
+        bail!(
+            "the bootstrap message is for {}/{}, the flags for {namespace}/{id}",
+            params.namespace,
+            params.instance_id
+        );
+    }
+    Ok(None)
+}
+
+fn socket_path(address: &str) -> &Path {
+    Path::new(address.strip_prefix("unix://").unwrap_or(address))
+}
+
+/// Listens at `address`; None when a server of the group answers there already.
+fn bind(address: &str) -> Result<Option<UnixListener>> {
+    let path = socket_path(address);
+    if let Some(dir) = path.parent() {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.with_context(|| format!("make {}", dir.display()))?;
+    }
+    let listener = match UnixListener::bind(path) {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Ok(None);
+            }
+            // Left behind by a server that was killed.
+            fs::remove_file(path).with_context(|| format!("remove the dead socket {}", path.display()))?;
+            UnixListener::bind(path)
+        }
+        other => other,
+    };
+    let listener = listener.with_context(|| format!("listen on {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("chmod {}", path.display()))?;
+    Ok(Some(listener))
+}
+
+fn spawn_server(opts: &StartOpts, listener: &UnixListener) -> Result<()> {
+    let mut command = Command::new(env::current_exe().context("find this program")?);
+    command.args(["-namespace", &opts.namespace, "-id", &opts.id, "-address", &opts.address]);
+    if opts.debug {
+        command.arg("-debug");
+    }
+    command.env("TTRPC_ADDRESS", &opts.ttrpc_address);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    let fd = listener.as_raw_fd();
+    // SAFETY: dup2 and fcntl are async-signal-safe; `listener` outlives the spawn.
+    unsafe {
+        command.pre_exec(move || {
+            // dup2 onto itself would leave the close-on-exec flag as it is.
+            let done =
+                if fd == LISTEN_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LISTEN_FD) };
+            if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    share_core_scheduling()?;
+    let mut child = command.spawn().context("start the shim's server")?;
+    let confined = confine(opts, child.id());
+    if confined.is_err() {
+        let _ = child.kill();
+    }
+    confined
+}
+
+/// Core scheduling, when the administrator wants it: the server inherits the cookie that this process group gets.
+fn share_core_scheduling() -> Result<()> {
+    if env::var_os("SCHED_CORE").is_none_or(|v| v.is_empty()) {
+        return Ok(());
+    }
+    const PR_SCHED_CORE: i32 = 62;
+    const CREATE: libc::c_ulong = 1;
+    const PROCESS_GROUP: libc::c_ulong = 2;
+    // SAFETY: plain call.
+    let done =
+        unsafe { libc::prctl(PR_SCHED_CORE, CREATE, 0 as libc::c_ulong, PROCESS_GROUP, 0 as libc::c_ulong) };
+    if done < 0 {
+        return Err(io::Error::last_os_error()).context("enable sched core support");
+    }
+    Ok(())
+}
+
+/// Puts the server where the options want it, and makes it a likelier victim of the OOM killer than containerd.
+fn confine(opts: &StartOpts, pid: u32) -> Result<()> {
+    let cgroup = match opts.extension::<Options>().context("read the runtime options")? {
+        Some(options) => options.shim_cgroup,
+        None => String::new(),
+    };
+    if !cgroup.is_empty() {
+        cgroup::add_task_to_cgroup(&cgroup, pid).with_context(|| format!("join cgroup {cgroup}"))?;
+    }
+    // Not fatal, unlike in the Go shim: without CAP_SYS_RESOURCE (a containerd inside a container) it may be impossible, and nothing
+    // else depends on it.
+    if let Err(e) = cgroup::adjust_oom_score(pid) {
+        eprintln!("cannot adjust the OOM score of the shim: {e}");
+    }
+    Ok(())
+}
+
+/// `delete`: ends and cleans what a shim that is gone has left of a container, and prints what became of its task.
+pub fn delete(flags: &Flags) -> Result<()> {
+    let here = env::current_dir().context("find the bundle")?;
+    let bundle: PathBuf = match here.parent() {
+        Some(parent) if !flags.id.is_empty() => parent.join(&flags.id),
+        _ => here,
+    };
+    let options = options::load(&bundle)?;
+    // Child::wait is right here: this process has no reaper.
+    let output = Command::new(runc::binary(&options))
+        .arg("--root")
+        .arg(runc::root(&options, &flags.namespace))
+        .args(["delete", "--force", &flags.id])
+        .output();
+    match output {
+        Ok(o) if o.status.success() => {}
+        Ok(o) => eprintln!("failed to remove runc container: {}", String::from_utf8_lossy(&o.stderr).trim()),
+        Err(e) => eprintln!("failed to remove runc container: {e}"),
+    }
+    if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
+        eprintln!("failed to cleanup rootfs mount: {e:#}");
+    }
+    let pid = runc::read_pid(&bundle.join("init.pid")).unwrap_or_else(|e| {
+        eprintln!("{e:#}");
+        0
+    });
+    let response = DeleteResponse {
+        pid,
+        exit_status: 128 + libc::SIGKILL as u32,
+        exited_at: MessageField::some(process::timestamp(Some(SystemTime::now()))),
+        ..Default::default()
+    };
+    let bytes = response.write_to_bytes().context("encode the answer")?;
+    io::stdout().write_all(&bytes).context("answer containerd")
+}
+
+/// `-info`: prints what this runtime is and can do.
+pub fn info() -> Result<()> {
+    let input = read_stdin()?;
+    let any = if input.is_empty() {
+        None
+    } else {
+        Some(Any::parse_from_bytes(&input).context("read the options on stdin")?)
+    };
+    let options = options::runtime_options(any.as_ref())?;
+    let info = RuntimeInfo {
+        name: RUNTIME_NAME.into(),
+        version: MessageField::some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        }),
+        options: any.into(),
+        features: features(runc::binary(&options))?.into(),
+        ..Default::default()
+    };
+    io::stdout().write_all(&info.write_to_bytes().context("encode the answer")?).context("answer containerd")
+}
+
+/// What `runc features` prints, in the type under which containerd knows it. A runtime without that command has none.
+fn features(binary: &str) -> Result<Option<Any>> {
+    let output = Command::new(binary).arg("features").output().with_context(|| format!("run {binary}"))?;
+    if !output.status.success() || serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_err() {
+        return Ok(None);
+    }
+    Ok(Some(Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".into(),
+        value: output.stdout,
+        ..Default::default()
+    }))
+}
+
+/// `-v`.
+pub fn version() {
+    println!("containerd-shim-transship-v2:");
+    println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
+}
+
+fn read_stdin() -> Result<Vec<u8>> {
+    let mut input = Vec::new();
+    // On a terminal a person is at the other end.
+    if !io::stdin().is_terminal() {
+        io::stdin().take(INPUT_LIMIT).read_to_end(&mut input).context("read stdin")?;
+    }
+    Ok(input)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> BootstrapParams {
+        BootstrapParams {
+            instance_id: "c1".into(),
+            namespace: "ns".into(),
+            containerd_grpc_address: "/run/c.sock".into(),
+            containerd_ttrpc_address: "/run/c.sock.ttrpc".into(),
+            socket_dir: Some("/run/s".into()),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_bootstrap_message_for_this_container_is_taken() {
+        let flags = Flags { id: "c1".into(), namespace: "ns".into(), ..Default::default() };
+        let (opts, protocol) = start_options(&params().write_to_bytes().unwrap(), &flags).unwrap();
+        assert_eq!(protocol, Protocol::Bootstrap);
+        assert_eq!(opts.ttrpc_address, "/run/c.sock.ttrpc");
+        assert!(opts.socket_address("c1").starts_with("unix:///run/s/"));
+    }
+
+    #[test]
+    fn one_for_another_container_is_an_error() {
+        assert!(bootstrap_message(&params().write_to_bytes().unwrap(), "c2", "ns").is_err());
+    }
+
+    #[test]
+    fn options_of_the_older_protocol_are_not_a_bootstrap_message() {
+        let any = Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: Options { shim_cgroup: "/x".into(), ..Default::default() }.write_to_bytes().unwrap(),
+            ..Default::default()
+        };
+        assert!(bootstrap_message(&any.write_to_bytes().unwrap(), "c1", "ns").unwrap().is_none());
+        assert!(bootstrap_message(&[], "", "").unwrap().is_none());
+    }
+
+    #[test]
+    fn the_answer_fits_the_caller() {
+        assert_eq!(legacy_answer(TaskApi::V2, "unix:///s"), b"unix:///s");
+        let json: serde_json::Value =
+            serde_json::from_slice(&legacy_answer(TaskApi::V3, "unix:///s")).unwrap();
+        assert_eq!((json["version"].as_i64(), json["address"].as_str()), (Some(3), Some("unix:///s")));
+    }
+
+    #[test]
+    fn a_living_server_is_found_and_a_dead_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = format!("unix://{}/s/x", dir.path().display());
+        let first = bind(&address).unwrap().unwrap();
+        assert!(bind(&address).unwrap().is_none());
+        drop(first);
+        assert!(bind(&address).unwrap().is_some());
+    }
+}

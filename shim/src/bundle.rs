@@ -1,0 +1,164 @@
+//! What the shim reads and writes in a container's bundle, beside the options: config.json, CRIU's config file, and the marker of
+//! an incoming migration (which lies outside the bundle).
+
+use std::{
+    fs,
+    io::ErrorKind,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// The annotation by which runc finds the CRIU config file for checkpoint and restore.
+pub const CRIU_CONFIG_ANNOTATION: &str = "org.criu.config";
+
+/// runc's own default for that file; the annotation would hide what an administrator has put there.
+const SYSTEM_CRIU_CONFIG: &str = "/etc/criu/runc.conf";
+
+/// Name of the CRIU config file in the bundle.
+pub const CRIU_CONFIG: &str = "criu.conf";
+
+/// Where the agent announces containers whose next Create is the arrival of a migration.
+const INCOMING_DIR: &str = "/run/transship/incoming";
+
+/// Makes config.json name `<bundle>/criu.conf` as CRIU's config file, unless it names one already, and makes that file exist (a copy
+/// of the machine's, else empty). It has to happen before `runc create`: a checkpoint reads the annotation from runc's state.json, and
+/// the file's content is what lets a migration pass options that runc has no flag for. Returns the config file's path.
+pub fn prepare_criu_config(bundle: &Path) -> Result<PathBuf> {
+    let path = bundle.join("config.json");
+    let text = fs::read(&path).with_context(|| format!("open {}", path.display()))?;
+    let mut spec: Value =
+        serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
+    let root = spec.as_object_mut().with_context(|| format!("{} is not a JSON object", path.display()))?;
+    let annotations = root.entry("annotations").or_insert(Value::Null);
+    if annotations.is_null() {
+        *annotations = Value::Object(Default::default());
+    }
+    let annotations = annotations
+        .as_object_mut()
+        .with_context(|| format!("the annotations in {} are not an object", path.display()))?;
+    if let Some(Value::String(there)) = annotations.get(CRIU_CONFIG_ANNOTATION) {
+        return Ok(PathBuf::from(there));
+    }
+    let config = bundle.join(CRIU_CONFIG);
+    let content = match fs::read_to_string(SYSTEM_CRIU_CONFIG) {
+        Ok(text) => text,
+        Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(e).with_context(|| format!("read {SYSTEM_CRIU_CONFIG}")),
+    };
+    fs::write(&config, content).with_context(|| format!("write {}", config.display()))?;
+    let name = config.to_str().with_context(|| format!("{} is not UTF-8", config.display()))?;
+    annotations.insert(CRIU_CONFIG_ANNOTATION.into(), name.into());
+
+    // Renamed into place: containerd and others read config.json at any time.
+    let mode = fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?.permissions().mode();
+    let new = bundle.join(".config.json.new");
+    fs::write(&new, serde_json::to_vec(&spec).context("encode config.json")?)
+        .with_context(|| format!("write {}", new.display()))?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(mode & 0o7777))
+        .with_context(|| format!("chmod {}", new.display()))?;
+    fs::rename(&new, &path).with_context(|| format!("replace {}", path.display()))?;
+    Ok(config)
+}
+
+/// Whether the container's other processes must be killed when its first one ends: yes without a private pid namespace, whose
+/// end kills them anyway. Also yes when config.json cannot be read, as in the Go shim.
+pub fn must_kill_all(bundle: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Spec {
+        linux: Option<Linux>,
+    }
+    #[derive(Deserialize)]
+    struct Linux {
+        #[serde(default)]
+        namespaces: Option<Vec<Namespace>>,
+    }
+    #[derive(Deserialize)]
+    struct Namespace {
+        #[serde(rename = "type")]
+        kind: String,
+        #[serde(default)]
+        path: String,
+    }
+    let spec =
+        fs::read(bundle.join("config.json")).ok().and_then(|j| serde_json::from_slice::<Spec>(&j).ok());
+    let Some(spec) = spec else {
+        log::error!(
+            "cannot read config.json in {} to see whether the pid namespace is private",
+            bundle.display()
+        );
+        return true;
+    };
+    let namespaces = spec.linux.and_then(|l| l.namespaces).unwrap_or_default();
+    !namespaces.iter().any(|n| n.kind == "pid" && n.path.is_empty())
+}
+
+/// The file whose presence says that the next Create of this container is an incoming migration.
+pub fn incoming_marker(namespace: &str, id: &str) -> PathBuf {
+    Path::new(INCOMING_DIR).join(namespace).join(format!("{id}.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(config: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        dir
+    }
+
+    #[test]
+    fn the_annotation_is_added_once() {
+        for config in
+            [r#"{"process":{"args":["a"]}}"#, r#"{"annotations":null}"#, r#"{"annotations":{"a":"b"}}"#]
+        {
+            let dir = bundle(config);
+            let path = prepare_criu_config(dir.path()).unwrap();
+            assert_eq!(path, dir.path().join("criu.conf"));
+            assert!(path.exists());
+            let spec: Value =
+                serde_json::from_slice(&fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+            assert_eq!(spec["annotations"][CRIU_CONFIG_ANNOTATION], path.to_str().unwrap());
+            assert_eq!(prepare_criu_config(dir.path()).unwrap(), path);
+        }
+    }
+
+    #[test]
+    fn an_annotation_of_the_users_own_stays() {
+        let config = r#"{"annotations":{"org.criu.config":"/etc/mine.conf"}}"#;
+        let dir = bundle(config);
+        assert_eq!(prepare_criu_config(dir.path()).unwrap(), Path::new("/etc/mine.conf"));
+        assert_eq!(fs::read_to_string(dir.path().join("config.json")).unwrap(), config);
+        assert!(!dir.path().join("criu.conf").exists());
+    }
+
+    #[test]
+    fn large_numbers_survive() {
+        let dir =
+            bundle(r#"{"linux":{"seccomp":{"args":[18446744073709551615,-9223372036854775808,0.25]}}}"#);
+        prepare_criu_config(dir.path()).unwrap();
+        let text = fs::read_to_string(dir.path().join("config.json")).unwrap();
+        assert!(text.contains("[18446744073709551615,-9223372036854775808,0.25]"), "{text}");
+    }
+
+    #[test]
+    fn only_a_private_pid_namespace_ends_the_others() {
+        let private = bundle(r#"{"linux":{"namespaces":[{"type":"mount"},{"type":"pid"}]}}"#);
+        let joined = bundle(r#"{"linux":{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}}"#);
+        let none = bundle(r#"{"linux":{}}"#);
+        let broken = bundle("{");
+        assert!(!must_kill_all(private.path()));
+        assert!(must_kill_all(joined.path()));
+        assert!(must_kill_all(none.path()));
+        assert!(must_kill_all(broken.path()));
+    }
+
+    #[test]
+    fn the_marker_is_per_namespace() {
+        assert_eq!(incoming_marker("k8s.io", "c1"), Path::new("/run/transship/incoming/k8s.io/c1.json"));
+    }
+}

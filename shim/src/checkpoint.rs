@@ -1,0 +1,134 @@
+//! The Task API's checkpoint, and the start of a container that was created from one: `runc checkpoint` and `runc restore`. A
+//! migration does not pass here.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use containerd_shim_protos::{events::task::TaskCheckpointed, protobuf::well_known_types::any::Any, topics};
+
+use crate::{
+    container::{Container, Origin},
+    errors::{TaskError, TaskResult},
+    lifecycle::explain,
+    options,
+    reaper::ExitWatch,
+    runc::{self, RestoreArgs},
+    state::Op,
+};
+
+/// `runc restore` hangs on some failures of CRIU's; large memories need their time.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How much of a CRIU log is searched, in bytes.
+const LOG_LIMIT: u64 = 64 << 20;
+
+impl Container {
+    /// Dumps the container into `path`. It is left running unless the options say otherwise.
+    pub async fn checkpoint(&self, path: &str, call_options: Option<&Any>) -> TaskResult<()> {
+        let _op = self.init.op.lock().await;
+        self.refuse_while_moving()?;
+        self.init.check(Op::Checkpoint)?;
+        let own_work = self.bundle.join("work").join("criu-work");
+        let args = options::checkpoint_args(call_options, Path::new(path), &own_work)?;
+        let result = self.runc.checkpoint(&self.id, &args).await;
+        if let Err(e) = result {
+            let log = args.work_dir.join("dump.log");
+            let reason = criu_error(&log);
+            // The work folder may be temporary; the bundle's copy stays until the container is deleted.
+            let kept = self.bundle.join("criu-dump.log");
+            fs::copy(&log, &kept)
+                .map(drop)
+                .unwrap_or_else(|e| log::error!("failed to copy dump.log to criu-dump.log: {e}"));
+            remove_if(&own_work, args.work_dir == own_work);
+            let first = format!("{e:#}").lines().next().unwrap_or_default().to_string();
+            let text = match reason {
+                Some(reason) => format!("{first}: criu: {reason} path= {}", kept.display()),
+                None => format!("{first} path= {}", kept.display()),
+            };
+            return Err(TaskError::unknown(text));
+        }
+        remove_if(&own_work, args.work_dir == own_work);
+        let event = TaskCheckpointed {
+            container_id: self.id.clone(),
+            checkpoint: args.image_path.display().to_string(),
+            ..Default::default()
+        };
+        self.shared.publish(topics::TASK_CHECKPOINTED_EVENT_TOPIC, event);
+        Ok(())
+    }
+
+    /// Restores a container that was created from a checkpoint; its pid is set, the watch on it returned.
+    pub(crate) async fn restore_checkpoint(&self) -> TaskResult<ExitWatch> {
+        let Origin::Checkpoint { image, parent } = &self.origin else {
+            return Err(TaskError::failed_precondition("not created from a checkpoint"));
+        };
+        let mut args = RestoreArgs {
+            image_path: image.clone(),
+            work_dir: self.criu_work_dir(),
+            parent_path: Some(parent.clone()),
+            no_pivot: self.options.no_pivot_root,
+            deadline: Some(RESTORE_DEADLINE),
+            ..Default::default()
+        };
+        let mark = self.shared.reaper.mark();
+        let stdio = self.open_stdio(&self.init).await.context("failed to create init process I/O")?;
+        args.console_socket = stdio.console.as_ref().map(|c| c.path().to_path_buf());
+        let restored = match self.runc.restore(&self.id, &args, stdio.child).await {
+            Ok(()) => self.attach_console(&self.init, stdio.console).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = restored {
+            if let Some(io) = self.init.io() {
+                io.close().await;
+            }
+            let e = explain(e, "OCI runtime restore failed");
+            return Err(match criu_error(&args.work_dir.join("restore.log")) {
+                Some(reason) => TaskError::unknown(format!("{e}: criu: {reason}")),
+                None => e,
+            });
+        }
+        let pid =
+            runc::read_pid(&self.runc.pid_file()).context("failed to retrieve OCI runtime container pid")?;
+        self.init.set_pid(pid);
+        Ok(self.shared.reaper.watch(pid as i32, mark))
+    }
+}
+
+/// CRIU's own first error in its log: what went wrong; the lines after it are mostly consequences. Without the time stamp.
+pub fn criu_error(log: &Path) -> Option<String> {
+    let file = fs::File::open(log).ok()?;
+    let lines = BufReader::new(file.take(LOG_LIMIT)).split(b'\n');
+    for line in lines.map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line);
+        if let Some(at) = line.find("Error (") {
+            return Some(line[at..].trim().to_string());
+        }
+    }
+    None
+}
+
+fn remove_if(dir: &PathBuf, remove: bool) {
+    if remove && let Err(e) = fs::remove_dir_all(dir) {
+        log::debug!("remove {}: {e}", dir.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_error_of_criu_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
+        assert_eq!(criu_error(&log), None);
+        let text = "(00.0) Warn  (a.c:1): x\n(00.1) Error (criu/sk-inet.c:188): Connected TCP socket\n(00.2) Error (b): y\n";
+        fs::write(&log, text).unwrap();
+        assert_eq!(criu_error(&log).as_deref(), Some("Error (criu/sk-inet.c:188): Connected TCP socket"));
+    }
+}

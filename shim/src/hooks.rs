@@ -1,0 +1,23 @@
+//! Where the migration hooks into a container's life, without the Task service knowing of it.
+
+use std::sync::Arc;
+
+use crate::container::Container;
+
+/// Called by the service on the runtime's thread; must not block.
+pub trait Hooks: Send + Sync {
+    /// The container exists from now on (fresh, from a checkpoint, or incoming and still without a process), and is in the service's table.
+    fn created(&self, container: &Arc<Container>);
+
+    /// The container is gone: runc's state is deleted, the root unmounted. Also called for an incoming container whose migration
+    /// never completed.
+    fn deleted(&self, container: &Arc<Container>);
+}
+
+/// No hooks: what a shim without migrations has, and what unit tests use.
+pub struct NoHooks;
+
+impl Hooks for NoHooks {
+    fn created(&self, _: &Arc<Container>) {}
+    fn deleted(&self, _: &Arc<Container>) {}
+}

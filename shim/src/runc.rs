@@ -1,0 +1,463 @@
+//! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. No state of ours lives here.
+//!
+//! runc writes its own errors as JSON lines into the bundle's `log.json`; what one run has added there is what its error says.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{Read, Seek, SeekFrom, Write},
+    os::fd::OwnedFd,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow};
+use serde::Deserialize;
+
+use crate::{
+    command::{self, Finished},
+    io::ChildStdio,
+    options::RuncOptions,
+    reaper::Reaper,
+};
+
+/// Where runc keeps its state, one folder per containerd namespace: the Go shim's default.
+const DEFAULT_ROOT: &str = "/run/containerd/runc";
+
+/// A runc run that failed.
+#[derive(Debug, Clone)]
+pub struct RuncError {
+    program: String,
+    status: u32,
+    output: String,
+    /// The last error in what the run added to its log.
+    logged: Option<String>,
+}
+
+impl RuncError {
+    /// The error for a client: `what` and runc's own reason.
+    pub fn explain(&self, what: &str) -> String {
+        match &self.logged {
+            Some(reason) => format!("{what}: {reason}"),
+            None => format!("{what}: {self}"),
+        }
+    }
+
+    /// Whether the reason or the output contains `text` (any case).
+    pub fn mentions(&self, text: &str) -> bool {
+        let text = text.to_lowercase();
+        self.output.to_lowercase().contains(&text)
+            || self.logged.as_ref().is_some_and(|l| l.to_lowercase().contains(&text))
+    }
+}
+
+impl std::fmt::Display for RuncError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} did not terminate successfully: exit status {}", self.program, self.status)?;
+        if !self.output.is_empty() {
+            write!(f, ": {}", self.output)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for RuncError {}
+
+/// How `runc create` makes the container.
+#[derive(Debug, Default)]
+pub struct CreateArgs {
+    /// Socket that gets the pty's master, for a terminal.
+    pub console_socket: Option<PathBuf>,
+    /// `--no-pivot`.
+    pub no_pivot: bool,
+    /// `--no-new-keyring`.
+    pub no_new_keyring: bool,
+}
+
+/// How `runc checkpoint` dumps. CRIU's log is `dump.log` in `work_dir`.
+#[derive(Debug, Default, Clone)]
+pub struct CheckpointArgs {
+    /// Where the images go.
+    pub image_path: PathBuf,
+    /// Where the log and CRIU's scratch files go.
+    pub work_dir: PathBuf,
+    /// Images of a previous pre-dump, relative to `image_path`.
+    pub parent_path: Option<String>,
+    /// Leave the tasks running afterwards.
+    pub leave_running: bool,
+    /// `--tcp-established`.
+    pub open_tcp: bool,
+    /// `--ext-unix-sk`.
+    pub external_unix_sockets: bool,
+    /// `--shell-job`.
+    pub terminal: bool,
+    /// `--file-locks`.
+    pub file_locks: bool,
+    /// `--empty-ns`, each.
+    pub empty_namespaces: Vec<String>,
+    /// `--manage-cgroups-mode`, when not empty.
+    pub cgroups_mode: String,
+}
+
+/// How `runc restore` restores. CRIU's log is `restore.log` in `work_dir`. Everything but the paths may be left at its default.
+#[derive(Debug, Default, Clone)]
+pub struct RestoreArgs {
+    /// The images.
+    pub image_path: PathBuf,
+    /// Where the log and CRIU's scratch files go (and where it looks for `lazy-pages.socket`).
+    pub work_dir: PathBuf,
+    /// Images of a previous pre-dump.
+    pub parent_path: Option<String>,
+    /// Socket that gets the pty's master, for a terminal.
+    pub console_socket: Option<PathBuf>,
+    /// `--no-pivot`.
+    pub no_pivot: bool,
+    /// `--tcp-established`.
+    pub open_tcp: bool,
+    /// `--ext-unix-sk`.
+    pub external_unix_sockets: bool,
+    /// `--shell-job`.
+    pub terminal: bool,
+    /// `--file-locks`.
+    pub file_locks: bool,
+    /// `--lazy-pages`.
+    pub lazy_pages: bool,
+    /// `--empty-ns`, each.
+    pub empty_namespaces: Vec<String>,
+    /// `--manage-cgroups-mode`, when not empty (`ignore` needs runc 1.2).
+    pub cgroups_mode: String,
+    /// `--lsm-profile TYPE:NAME`.
+    pub lsm_profile: Option<String>,
+    /// More flags, as they are.
+    pub extra_flags: Vec<String>,
+    /// More environment for runc and the criu it starts, e.g. a PATH that has a gate named `criu` first.
+    pub env: Vec<(OsString, OsString)>,
+    /// After this time runc and its criu are killed: `runc restore` can hang when CRIU fails. None: never.
+    pub deadline: Option<Duration>,
+}
+
+/// What `runc state` says.
+#[derive(Debug, Clone, Deserialize)]
+pub struct RuncState {
+    /// The init's pid; 0 when stopped.
+    pub pid: i32,
+    /// created, running, paused, stopped.
+    pub status: String,
+}
+
+/// The driver for one container's bundle. Cheap to clone.
+#[derive(Clone)]
+pub struct Runc {
+    binary: String,
+    root: PathBuf,
+    bundle: PathBuf,
+    systemd_cgroup: bool,
+    reaper: Reaper,
+}
+
+impl Runc {
+    /// The driver that `options` ask for.
+    pub fn new(options: &RuncOptions, bundle: &Path, namespace: &str, reaper: Reaper) -> Self {
+        Self {
+            binary: binary(options).to_string(),
+            root: root(options, namespace),
+            bundle: bundle.to_path_buf(),
+            systemd_cgroup: options.systemd_cgroup,
+            reaper,
+        }
+    }
+
+    /// runc's state folder for this namespace (`--root`); the container's is below, by its id.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The runtime's program, as found through PATH.
+    pub fn binary(&self) -> &str {
+        &self.binary
+    }
+
+    /// Where `create` and `restore` leave the init's pid.
+    pub fn pid_file(&self) -> PathBuf {
+        self.bundle.join("init.pid")
+    }
+
+    /// `runc create`; `stdio` becomes the container's.
+    pub async fn create(&self, id: &str, args: &CreateArgs, stdio: ChildStdio) -> Result<()> {
+        let mut c = self.command("create");
+        c.arg("--bundle").arg(&self.bundle).arg("--pid-file").arg(self.pid_file());
+        if let Some(socket) = &args.console_socket {
+            c.arg("--console-socket").arg(socket);
+        }
+        flag(&mut c, args.no_pivot, "--no-pivot");
+        flag(&mut c, args.no_new_keyring, "--no-new-keyring");
+        c.arg(id);
+        self.hand_over(c, stdio, None).await
+    }
+
+    /// `runc start`.
+    pub async fn start(&self, id: &str) -> Result<()> {
+        let mut c = self.command("start");
+        c.arg(id);
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc exec --detach` of the process described by the JSON in `process` (an OCI process), its pid into `pid_file`.
+    pub async fn exec(
+        &self,
+        id: &str,
+        process: &Path,
+        pid_file: &Path,
+        console_socket: Option<&Path>,
+        stdio: ChildStdio,
+    ) -> Result<()> {
+        let mut c = self.command("exec");
+        c.arg("--process").arg(process);
+        if let Some(socket) = console_socket {
+            c.arg("--console-socket").arg(socket);
+        }
+        c.arg("--detach").arg("--pid-file").arg(pid_file).arg(id);
+        self.hand_over(c, stdio, None).await
+    }
+
+    /// `runc kill`; `all` reaches every process of the container.
+    pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<()> {
+        let mut c = self.command("kill");
+        flag(&mut c, all, "--all");
+        c.arg(id).arg(signal.to_string());
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc delete`.
+    pub async fn delete(&self, id: &str, force: bool) -> Result<()> {
+        let mut c = self.command("delete");
+        flag(&mut c, force, "--force");
+        c.arg(id);
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc pause`.
+    pub async fn pause(&self, id: &str) -> Result<()> {
+        let mut c = self.command("pause");
+        c.arg(id);
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc resume`.
+    pub async fn resume(&self, id: &str) -> Result<()> {
+        let mut c = self.command("resume");
+        c.arg(id);
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc update` with the OCI resources in the JSON `resources`.
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let mut c = self.command("update");
+        c.arg("--resources=-").arg(id);
+        let mut file = tempfile::tempfile_in(&self.bundle).context("make a file for the resources")?;
+        file.write_all(resources).context("write the resources")?;
+        file.seek(SeekFrom::Start(0)).context("rewind the resources")?;
+        self.run(c, Some(file.into())).await.map(drop)
+    }
+
+    /// `runc ps`: the pids in the container's cgroup.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let mut c = self.command("ps");
+        c.arg("--format").arg("json").arg(id);
+        let done = self.run(c, None).await?;
+        // runc prints `null` for an empty cgroup.
+        let pids: Option<Vec<u32>> = serde_json::from_slice(&done.stdout).context("read runc ps")?;
+        Ok(pids.unwrap_or_default())
+    }
+
+    /// `runc state`.
+    pub async fn state(&self, id: &str) -> Result<RuncState> {
+        let mut c = self.command("state");
+        c.arg(id);
+        let done = self.run(c, None).await?;
+        serde_json::from_slice(&done.stdout).context("read runc state")
+    }
+
+    /// `runc checkpoint`.
+    pub async fn checkpoint(&self, id: &str, args: &CheckpointArgs) -> Result<()> {
+        let mut c = self.command("checkpoint");
+        c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
+        if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
+            c.arg("--parent-path").arg(parent);
+        }
+        flag(&mut c, args.open_tcp, "--tcp-established");
+        flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
+        flag(&mut c, args.terminal, "--shell-job");
+        flag(&mut c, args.file_locks, "--file-locks");
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        flag(&mut c, args.leave_running, "--leave-running");
+        c.arg(id);
+        self.run(c, None).await.map(drop)
+    }
+
+    /// `runc restore --detach`; `stdio` becomes the container's. The init's pid is then in [`Runc::pid_file`]. Fails when runc still
+    /// knows a container of this id.
+    pub async fn restore(&self, id: &str, args: &RestoreArgs, stdio: ChildStdio) -> Result<()> {
+        let mut c = self.command("restore");
+        c.arg("--bundle").arg(&self.bundle).arg("--pid-file").arg(self.pid_file());
+        c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
+        if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
+            c.arg("--parent-path").arg(parent);
+        }
+        if let Some(socket) = &args.console_socket {
+            c.arg("--console-socket").arg(socket);
+        }
+        flag(&mut c, args.no_pivot, "--no-pivot");
+        flag(&mut c, args.open_tcp, "--tcp-established");
+        flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
+        flag(&mut c, args.terminal, "--shell-job");
+        flag(&mut c, args.file_locks, "--file-locks");
+        flag(&mut c, args.lazy_pages, "--lazy-pages");
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        if let Some(profile) = &args.lsm_profile {
+            c.arg("--lsm-profile").arg(profile);
+        }
+        c.args(&args.extra_flags).arg("--detach").arg("--no-subreaper").arg(id);
+        c.envs(args.env.iter().map(|(k, v)| (k, v)));
+        // A group of its own, so that the deadline can end runc together with its criu.
+        c.process_group(0);
+        self.hand_over(c, stdio, args.deadline).await
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut c = Command::new(&self.binary);
+        c.arg("--root").arg(&self.root).arg("--log").arg(self.log()).arg("--log-format").arg("json");
+        flag(&mut c, self.systemd_cgroup, "--systemd-cgroup");
+        c.arg(verb);
+        c
+    }
+
+    fn log(&self) -> PathBuf {
+        self.bundle.join("log.json")
+    }
+
+    async fn run(&self, command: Command, stdin: Option<OwnedFd>) -> Result<Finished> {
+        let log_start = file_size(&self.log());
+        let done = command::capture(&self.reaper, command, stdin, None).await?;
+        if done.status == 0 {
+            return Ok(done);
+        }
+        let mut output = String::from_utf8_lossy(&done.stderr).trim().to_string();
+        if output.is_empty() {
+            output = String::from_utf8_lossy(&done.stdout).trim().to_string();
+        }
+        Err(self.error(done.status, output, log_start))
+    }
+
+    async fn hand_over(&self, command: Command, stdio: ChildStdio, deadline: Option<Duration>) -> Result<()> {
+        let log_start = file_size(&self.log());
+        match command::hand_over(&self.reaper, command, stdio, deadline).await? {
+            0 => Ok(()),
+            status => Err(self.error(status, String::new(), log_start)),
+        }
+    }
+
+    fn error(&self, status: u32, output: String, log_start: u64) -> anyhow::Error {
+        let logged = last_logged_error(&self.log(), log_start);
+        anyhow!(RuncError { program: self.binary.clone(), status, output, logged })
+    }
+}
+
+/// The runtime's program that `options` name; runc by default.
+pub fn binary(options: &RuncOptions) -> &str {
+    if options.binary_name.is_empty() { "runc" } else { &options.binary_name }
+}
+
+/// runc's `--root` for `namespace`.
+pub fn root(options: &RuncOptions, namespace: &str) -> PathBuf {
+    let root = if options.root.is_empty() { DEFAULT_ROOT } else { &options.root };
+    Path::new(root).join(namespace)
+}
+
+/// Reads a pid that runc has left in `path`.
+pub fn read_pid(path: &Path) -> Result<u32> {
+    let text = fs::read_to_string(path).with_context(|| format!("read the pid file {}", path.display()))?;
+    text.trim().parse().with_context(|| format!("read the pid in {}", path.display()))
+}
+
+fn flag(c: &mut Command, on: bool, name: &str) {
+    if on {
+        c.arg(name);
+    }
+}
+
+fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String]) {
+    if !cgroups_mode.is_empty() {
+        c.arg("--manage-cgroups-mode").arg(cgroups_mode);
+    }
+    for ns in empty_namespaces {
+        c.arg("--empty-ns").arg(ns);
+    }
+}
+
+fn file_size(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |m| m.len())
+}
+
+/// The last line of level error that was added to runc's log after its first `start` bytes.
+fn last_logged_error(log: &Path, start: u64) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Line {
+        level: String,
+        msg: String,
+    }
+    let mut file = fs::File::open(log).ok()?;
+    file.seek(SeekFrom::Start(start)).ok()?;
+    let mut text = String::new();
+    file.take(1 << 20).read_to_string(&mut text).ok()?;
+    text.lines()
+        .filter_map(|l| serde_json::from_str::<Line>(l).ok())
+        .filter(|l| l.level == "error" || l.level == "fatal")
+        .next_back()
+        .map(|l| l.msg.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_tells_the_reason_of_this_run_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log.json");
+        let old = "{\"level\":\"error\",\"msg\":\"old\",\"time\":\"t\"}\n";
+        fs::write(&log, old).unwrap();
+        assert_eq!(last_logged_error(&log, old.len() as u64), None);
+        let new = format!(
+            "{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n"
+        );
+        fs::write(&log, new).unwrap();
+        assert_eq!(last_logged_error(&log, old.len() as u64).as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn an_error_prefers_runcs_own_reason() {
+        let mut e = RuncError { program: "runc".into(), status: 1, output: "boom".into(), logged: None };
+        assert_eq!(
+            e.explain("OCI runtime create failed"),
+            "OCI runtime create failed: runc did not terminate successfully: exit status 1: boom"
+        );
+        e.logged = Some("no such file".into());
+        assert_eq!(e.explain("OCI runtime create failed"), "OCI runtime create failed: no such file");
+        assert!(e.mentions("BOOM") && e.mentions("no such"));
+    }
+
+    #[test]
+    fn options_choose_program_and_root() {
+        let mut options = RuncOptions::default();
+        assert_eq!(
+            (binary(&options), root(&options, "k8s.io")),
+            ("runc", PathBuf::from("/run/containerd/runc/k8s.io"))
+        );
+        options.binary_name = "/usr/bin/crun".into();
+        options.root = "/run/x".into();
+        assert_eq!((binary(&options), root(&options, "a")), ("/usr/bin/crun", PathBuf::from("/run/x/a")));
+    }
+}

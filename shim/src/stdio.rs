@@ -1,0 +1,66 @@
+//! Opening a process' stdio on the container's behalf, with or without a terminal: the glue between `io` and the runc runs.
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    console::ConsoleSocket,
+    container::Container,
+    io::{ChildStdio, Context, ProcessIo, Spawned},
+    process::Process,
+};
+
+/// Stdio that has been opened for a runc run.
+pub struct Opened {
+    /// What runc gets as its own stdio: the process' pipes, nothing with a terminal.
+    pub child: ChildStdio,
+    /// With a terminal: the socket that runc sends the pty to.
+    pub console: Option<ConsoleSocket>,
+}
+
+impl Container {
+    /// Who owns the pipes of its processes' stdio.
+    pub fn io_owner(&self) -> Option<(u32, u32)> {
+        let owner = (self.options.io_uid, self.options.io_gid);
+        (owner != (0, 0)).then_some(owner)
+    }
+
+    /// Opens the stdio of `process` and keeps it there.
+    pub(crate) async fn open_stdio(&self, process: &Process) -> Result<Opened> {
+        let reaper = self.shared.reaper.clone();
+        let spawn = move |mut command: std::process::Command| {
+            let (pid, watch) = reaper.spawn(&mut command)?;
+            let exited = Box::pin(async move { drop(watch.exit().await) });
+            Ok(Spawned { pid: pid as u32, exited })
+        };
+        let context = Context {
+            namespace: &self.shared.namespace,
+            id: &process.id,
+            owner: self.io_owner(),
+            spawn: &spawn,
+            held: false,
+        };
+        if process.stdio.terminal {
+            let (io, console) = ProcessIo::open_console(&process.stdio, &self.bundle, &context).await?;
+            process.set_io(io);
+            Ok(Opened { child: ChildStdio::default(), console: Some(console) })
+        } else {
+            let (io, child) = ProcessIo::open(&process.stdio, &context).await?;
+            process.set_io(io);
+            Ok(Opened { child, console: None })
+        }
+    }
+
+    /// After runc has returned: takes the pty that it has sent.
+    pub(crate) async fn attach_console(
+        &self,
+        process: &Process,
+        console: Option<ConsoleSocket>,
+    ) -> Result<()> {
+        match (console, process.io()) {
+            (Some(console), Some(io)) => {
+                io.attach_console(console).await.context("failed to retrieve console master")
+            }
+            _ => Ok(()),
+        }
+    }
+}
