@@ -1,5 +1,8 @@
 //! The scenarios, one subject per file. To add one: write a function over a [`Bed`](crate::bed::Bed) and list it in its file's `ALL`.
 
+mod files_appended;
+mod files_layer;
+mod files_open;
 mod moving;
 mod tasks;
 
@@ -7,5 +10,5 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL].into_iter().flatten()
+    [tasks::ALL, moving::ALL, files_appended::ALL, files_open::ALL, files_layer::ALL].into_iter().flatten()
 }
