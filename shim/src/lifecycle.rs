@@ -61,7 +61,10 @@ pub async fn create(
         None if request.checkpoint.is_empty() => (Origin::Fresh, State::Created),
         None => {
             let image = PathBuf::from(&request.checkpoint);
-            (Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() }, State::CreatedCheckpoint)
+            (
+                Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() },
+                State::CreatedCheckpoint,
+            )
         }
     };
     let stdio = StdioConfig {
@@ -125,9 +128,8 @@ impl Container {
     /// to life this is the announcement only.
     pub async fn start(self: &Arc<Self>) -> TaskResult<u32> {
         let _op = self.init.op.lock().await;
-        let arrived = matches!(self.origin, Origin::Incoming { .. })
-            && self.init.pid() != 0
-            && !*self.started.borrow();
+        let arrived =
+            matches!(self.origin, Origin::Incoming { .. }) && self.init.pid() != 0 && !*self.started.borrow();
         if !arrived {
             self.init.check(Op::Start)?;
             if self.init.state() == State::CreatedCheckpoint {

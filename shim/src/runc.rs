@@ -351,12 +351,7 @@ impl Runc {
         Err(self.error(done.status, output, log_start))
     }
 
-    async fn hand_over(
-        &self,
-        command: Command,
-        stdio: ChildStdio,
-        deadline: Option<Duration>,
-    ) -> Result<()> {
+    async fn hand_over(&self, command: Command, stdio: ChildStdio, deadline: Option<Duration>) -> Result<()> {
         let log_start = file_size(&self.log());
         match command::hand_over(&self.reaper, command, stdio, deadline).await? {
             0 => Ok(()),
@@ -435,7 +430,9 @@ mod tests {
         let old = "{\"level\":\"error\",\"msg\":\"old\",\"time\":\"t\"}\n";
         fs::write(&log, old).unwrap();
         assert_eq!(last_logged_error(&log, old.len() as u64), None);
-        let new = format!("{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n");
+        let new = format!(
+            "{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n"
+        );
         fs::write(&log, new).unwrap();
         assert_eq!(last_logged_error(&log, old.len() as u64).as_deref(), Some("new"));
     }
@@ -455,7 +452,10 @@ mod tests {
     #[test]
     fn options_choose_program_and_root() {
         let mut options = RuncOptions::default();
-        assert_eq!((binary(&options), root(&options, "k8s.io")), ("runc", PathBuf::from("/run/containerd/runc/k8s.io")));
+        assert_eq!(
+            (binary(&options), root(&options, "k8s.io")),
+            ("runc", PathBuf::from("/run/containerd/runc/k8s.io"))
+        );
         options.binary_name = "/usr/bin/crun".into();
         options.root = "/run/x".into();
         assert_eq!((binary(&options), root(&options, "a")), ("/usr/bin/crun", PathBuf::from("/run/x/a")));

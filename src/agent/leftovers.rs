@@ -4,10 +4,14 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 
-use super::{Agent, netns::Placed};
+use super::{
+    Agent,
+    netns::Placed,
+    outcome::{self, Fate},
+};
 use crate::{
-    containerd::{Containerd, Namespace},
-    control::{self, RUN_DIR},
+    containerd::{Containerd, Namespace, record::Record},
+    control::{self, MigrationState, RUN_DIR},
 };
 
 /// How long to wait before containerd is asked again for its events.
@@ -44,8 +48,26 @@ async fn try_sweep(agent: &Agent) -> Result<()> {
 /// Containers whose shim still waits for a source that has lost its agent.
 async fn arriving(namespace: &Namespace) -> Result<()> {
     for record in namespace.container_list().await?.into_iter().filter(super::ps::is_ours) {
-        let Ok(inspected) = control::client::inspect(namespace.name(), &record.id).await else { continue };
+        let placed = Placed::load(namespace.name(), &record.id);
+        let (migration, from) = placed.as_ref().map_or(("", ""), |p| (p.migration.as_str(), p.from.as_str()));
+        let fate = outcome::recall(migration, from);
+        let inspected = match control::client::inspect(namespace.name(), &record.id).await {
+            Ok(inspected) => inspected,
+            // its shim died with the agent, before anything of it ran as far as anybody knows
+            Err(_) if placed.is_some() && fate != Fate::Runs => {
+                log::info!("leftover: {}/{} never arrived; removing it", namespace.name(), record.id);
+                remove(namespace, &record).await;
+                continue;
+            }
+            Err(_) => continue,
+        };
         if inspected.status != "incoming" {
+            if let MigrationState::Arrived { migration_id } = &inspected.migration
+                && fate != Fate::Runs
+                && migration_id == migration
+            {
+                finish(namespace, &record.id, migration, from).await;
+            }
             continue;
         }
         log::info!("leftover: {}/{} never arrived; undoing it", namespace.name(), record.id);
@@ -55,19 +77,40 @@ async fn arriving(namespace: &Namespace) -> Result<()> {
             while let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(30), answer.recv()).await {}
         }
         match control::client::inspect(namespace.name(), &record.id).await {
-            Ok(now) if now.status != "incoming" => continue, // it was committed, and runs
-            _ => {}
-        }
-        let removed = async {
-            namespace.task_remove(&record.id, Duration::from_secs(20)).await?;
-            namespace.container_delete(&record.id).await?;
-            namespace.snapshot_remove(&record.snapshotter, &record.snapshot_key).await
-        };
-        if let Err(error) = removed.await {
-            log::error!("{}/{}: {error:#}", namespace.name(), record.id);
+            // it was committed, and runs
+            Ok(now) if now.status != "incoming" => finish(namespace, &record.id, migration, from).await,
+            _ => {
+                if remove(namespace, &record).await {
+                    outcome::keep(migration, from, Fate::Aborted);
+                }
+            }
         }
     }
     Ok(())
+}
+
+/// Removes what was made of a container; true if nothing is left of it but what [`Placed`] holds.
+async fn remove(namespace: &Namespace, record: &Record) -> bool {
+    let removed = async {
+        namespace.task_remove(&record.id, Duration::from_secs(20)).await?;
+        namespace.container_delete(&record.id).await?;
+        namespace.snapshot_remove(&record.snapshotter, &record.snapshot_key).await
+    };
+    let removed = removed.await;
+    if let Err(error) = &removed {
+        log::error!("{}/{}: {error:#}", namespace.name(), record.id);
+    }
+    removed.is_ok()
+}
+
+/// A container arrived while no agent was there: containerd has not heard of it, and its announcement may have been lost.
+async fn finish(namespace: &Namespace, id: &str, migration: &str, from: &str) {
+    log::info!("{}/{id} arrived while no agent ran; finishing its migration", namespace.name());
+    if let Err(error) = namespace.task_start(id).await {
+        log::warn!("{}/{id} runs, but containerd could not be told: {error:#}", namespace.name());
+    }
+    outcome::keep(migration, from, Fate::Runs);
+    super::netns::announce_again(migration).await;
 }
 
 async fn markers(containerd: &Containerd) -> Result<()> {

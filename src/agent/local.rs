@@ -19,7 +19,7 @@ use super::{
     placement::{Placement, plain, situation},
     preflight,
     reporter::Reporter,
-    source::{describe, image_of},
+    source::{clean_up, describe, image_of},
     spec,
 };
 use crate::{
@@ -300,6 +300,16 @@ pub async fn resolve(agent: &Agent, request: ResolveRequest) -> Outcome<Reply> {
     while let Some(event) = events.recv().await {
         match event {
             control::Event::Done { .. } => {
+                let mut notes = Vec::new();
+                if request.decision == Decision::Moved {
+                    let containerd = containerd(agent, namespace).await?;
+                    if let Some(record) = containerd.container(id).await.map_err(internal)? {
+                        notes = clean_up(&containerd, &record, true, false).await;
+                    }
+                }
+                for note in notes {
+                    log::info!("{namespace}/{id}: {note}");
+                }
                 let message = match request.decision {
                     Decision::RunHere => format!("{id} runs on {} again", agent.node),
                     Decision::Moved => format!("{id} runs on {peer}; what was left of it here is gone"),

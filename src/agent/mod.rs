@@ -13,6 +13,7 @@
 //! | [`preflight`], [`host`], [`spec`] | does it fit here |
 //! | [`pending`] | one-time tickets; the data connections they let in |
 //! | [`layer`] | the writable layer of a container that does not run |
+//! | [`outcome`] | what became of migrations whose answer was lost |
 //! | [`netns`] | network namespaces, and what is remembered of containers that came |
 //! | [`local`] | checkpoint, restore, resolve |
 //! | [`ps`] | the list of containers |
@@ -40,6 +41,7 @@ pub mod link;
 pub mod local;
 pub mod message;
 pub mod netns;
+pub mod outcome;
 pub mod peer;
 pub mod pending;
 pub mod placement;
@@ -128,6 +130,9 @@ pub async fn serve(config: Config) -> Result<()> {
         config,
     });
     leftovers::sweep(&agent).await;
+    if let Err(error) = outcome::resume(&agent).await {
+        log::warn!("looking for undecided migrations: {error:#}");
+    }
     let peers = server::bind_peers(&agent).await?;
     let cli = server::bind_cli(&agent)?;
     log::info!(

@@ -121,6 +121,22 @@ impl Placed {
     }
 }
 
+/// Announces the addresses of the container that came by this migration, if it is still here.
+pub async fn announce_again(migration: &str) {
+    let Some(path) = Placed::all().into_iter().find(|p| p.migration == migration).and_then(|p| p.netns)
+    else {
+        return;
+    };
+    let announced = tokio::task::spawn_blocking(move || {
+        let netns = net::open(&path)?;
+        let config = net::capture(netns.as_fd())?;
+        net::announce(netns.as_fd(), &config)
+    });
+    if let Ok(Err(error)) = announced.await {
+        log::warn!("announcing the addresses of migration {migration} again: {error:#}");
+    }
+}
+
 /// Success also where there was nothing.
 pub fn gone(result: std::io::Result<()>) -> std::io::Result<()> {
     match result {

@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::destination::failure_of;
 use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
@@ -146,11 +147,24 @@ pub fn send(
     events: &dyn Fn(Event),
 ) -> Result<Outcome> {
     let mut clock = Clock::start();
+    let sent = try_send(wire, ticket, task, options, abort, &mut clock, events);
+    sent.map_err(|e| failure_of(&e, clock.current(), &options.node).into())
+}
+
+fn try_send(
+    wire: &mut Wire,
+    ticket: &str,
+    task: Box<dyn SourceTask>,
+    options: &Options,
+    abort: &Abort,
+    clock: &mut Clock,
+    events: &dyn Fn(Event),
+) -> Result<Outcome> {
     let phase = |clock: &mut Clock, name: &str| {
         clock.phase(name);
         events(Event::Phase { phase: name.to_owned() });
     };
-    phase(&mut clock, "prepare");
+    phase(clock, "prepare");
     let prepared = Prepared::new(&*task, options)?;
     let hello = Hello {
         oldest: OLDEST,
@@ -162,16 +176,15 @@ pub fn send(
     wire.expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
-    let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
-    phase(&mut clock, "restore");
+    let (still, mut report) = freeze_and_stream(wire, task, prepared, options, abort, clock, events)?;
+    phase(clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
     fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
-    phase(&mut clock, "commit");
+    phase(clock, "commit");
     let answer = wire.json(Kind::Commit, &Commit {}).and_then(|()| wire.expect::<Running>(Kind::Running));
     let running = match answer {
         Ok(running) => running,
@@ -183,7 +196,7 @@ pub fn send(
         }
     };
     report.freeze_ms = millis(still.since.elapsed()) - running.since_ms;
-    phase(&mut clock, "clean up");
+    phase(clock, "clean up");
     if let Err(e) = still.gone() {
         report.warnings.push(format!("{e:#}"));
     }
@@ -212,7 +225,7 @@ pub fn checkpoint(
     let prepared = Prepared::new(&*task, options)?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, container))?;
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
+    let (mut still, mut report) = step.map_err(|e| failure_of(&e, clock.current(), &options.node))?;
     report.freeze_ms = millis(still.since.elapsed());
     if stop {
         // durable before the only running copy is killed

@@ -2,10 +2,24 @@
 
 mod moving;
 mod tasks;
+mod trouble_commit;
+mod trouble_deaths;
+mod trouble_dump;
+mod trouble_files;
+mod trouble_peers;
+mod trouble_refused;
 
 use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL].into_iter().flatten()
+    let trouble = [
+        trouble_refused::ALL,
+        trouble_peers::ALL,
+        trouble_dump::ALL,
+        trouble_deaths::ALL,
+        trouble_commit::ALL,
+        trouble_files::ALL,
+    ];
+    [tasks::ALL, moving::ALL].into_iter().chain(trouble).flatten()
 }
