@@ -35,7 +35,7 @@ use containerd_shim::{
 
 use crate::{
     detect::{self, TaskApi},
-    group, mounts, options, process, runc,
+    group, mounts, options, process, remains, runc,
 };
 
 /// The runtime's name as containerd's configuration has it.
@@ -246,6 +246,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
         Ok(o) => eprintln!("failed to remove runc container: {}", String::from_utf8_lossy(&o.stderr).trim()),
         Err(e) => eprintln!("failed to remove runc container: {e}"),
     }
+    remains::clear(&runc::root(&options, &flags.namespace), &flags.id, &bundle);
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }

@@ -12,6 +12,7 @@
 //! | `container`, `lifecycle`, `control`, `exec`, `checkpoint` | a container and what is done with it |
 //! | `process`, `state` | one process, its states |
 //! | `runc`, `command`, `reaper` | running runc; waiting for children |
+//! | `remains` | what a killed restore leaves behind |
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
 //! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
@@ -38,6 +39,7 @@ mod oom;
 mod options;
 mod process;
 mod reaper;
+mod remains;
 mod runc;
 mod server;
 mod service;

@@ -87,7 +87,11 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     }
     let ticket = Ticket::issue(peer, &namespace, &id, Instant::now())?;
     let cold = offer.cold;
-    let mut placement = Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await?;
+    let begun = Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await;
+    let mut placement = match begun {
+        Ok(placement) => placement,
+        Err(error) => return link.say(refuse("containerd", format!("{error:#}"))).await,
+    };
     placement.memory_cap = found.map_or(0, |f| f.memory_cap());
     let taken = if cold {
         take_cold(agent, link, &mut placement).await
@@ -162,7 +166,7 @@ async fn take_blob(link: &mut Link, placement: &mut Placement<'_>, blob: &Blob) 
         Message::Cancel { reason } => bail!("the source gave up: {reason}"),
         other => bail!("the source sent {} in its place", name(&other)),
     }
-    let reference = placement.blob_reference(&blob.digest);
+    let reference = placement.blob_reference(&blob.digest)?;
     let mut writer = placement.containerd().blob_writer(&reference, &blob.digest, blob.size).await?;
     let mut got = 0;
     while got < blob.size {

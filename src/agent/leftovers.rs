@@ -6,16 +6,19 @@ use anyhow::{Context, Result};
 
 use super::{
     Agent,
-    netns::Placed,
     outcome::{self, Fate},
+    placed::Placed,
 };
 use crate::{
-    containerd::{Containerd, Namespace, record::Record},
+    containerd::{Containerd, Namespace},
     control::{self, MigrationState, RUN_DIR},
 };
 
 /// How long to wait before containerd is asked again for its events.
 const RETRY: Duration = Duration::from_secs(2);
+
+/// How long an arrival may take to end once it is told to.
+const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// Says what was left and removes what nobody can need any more. An arriving container whose agent died before the
 /// commit is undone; one that runs is kept.
@@ -27,115 +30,81 @@ pub async fn sweep(agent: &Agent) {
 
 async fn try_sweep(agent: &Agent) -> Result<()> {
     let containerd = Containerd::connect(&agent.config.containerd).await?;
-    markers(&containerd).await?;
+    for placed in Placed::all() {
+        let namespace = containerd.namespace(&placed.namespace)?;
+        if placed.complete {
+            drop_if_gone(&containerd, &placed).await;
+        } else {
+            unfinished(&namespace, placed).await;
+        }
+    }
+    markers()?;
     for namespace in containerd.namespaces().await? {
         let namespace = containerd.namespace(&namespace)?;
-        arriving(&namespace).await?;
         for lease in namespace.lease_list().await? {
             if lease.strip_prefix("transship-").is_some_and(|id| id.len() == 32) {
                 log::info!("leftover: lease {lease} in {}; removed", namespace.name());
-                namespace.lease_delete(&lease, false).await?;
+                namespace.lease_delete(&lease, true).await?;
             }
         }
-    }
-    for placed in Placed::all() {
-        drop_if_gone(&containerd, &placed).await;
     }
     images(&agent.config.images_dir);
     Ok(())
 }
 
-/// Containers whose shim still waits for a source that has lost its agent.
-async fn arriving(namespace: &Namespace) -> Result<()> {
-    for record in namespace.container_list().await?.into_iter().filter(super::ps::is_ours) {
-        let placed = Placed::load(namespace.name(), &record.id);
-        let (migration, from) = placed.as_ref().map_or(("", ""), |p| (p.migration.as_str(), p.from.as_str()));
-        let fate = outcome::recall(migration, from);
-        let inspected = match control::client::inspect(namespace.name(), &record.id).await {
-            Ok(inspected) => inspected,
-            // its shim died with the agent, before anything of it ran as far as anybody knows
-            Err(_) if placed.is_some() && fate != Fate::Runs => {
-                log::info!("leftover: {}/{} never arrived; removing it", namespace.name(), record.id);
-                remove(namespace, &record).await;
-                continue;
-            }
-            Err(_) => continue,
-        };
-        if inspected.status != "incoming" {
-            if let MigrationState::Arrived { migration_id } = &inspected.migration
-                && fate != Fate::Runs
-                && migration_id == migration
-            {
-                finish(namespace, &record.id, migration, from).await;
-            }
-            continue;
+/// A container whose arrival an earlier agent did not see the end of: undone, unless its shim has it running, for then
+/// it was committed.
+async fn unfinished(containerd: &Namespace, mut placed: Placed) {
+    let name = format!("{}/{}", placed.namespace, placed.id);
+    let mut inspected = control::client::inspect(&placed.namespace, &placed.id).await.ok();
+    if inspected.as_ref().is_some_and(|i| i.status == "incoming") {
+        // it may be anywhere between its beginning and its commit; the shim knows
+        let abort = control::client::call(&placed.namespace, &placed.id, control::Request::Abort, Vec::new());
+        if let Ok(mut answer) = abort.await {
+            while let Ok(Some(_)) = tokio::time::timeout(END_LIMIT, answer.recv()).await {}
         }
-        log::info!("leftover: {}/{} never arrived; undoing it", namespace.name(), record.id);
-        let abort =
-            control::client::call(namespace.name(), &record.id, control::Request::Abort, Vec::new()).await;
-        if let Ok(mut answer) = abort {
-            while let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(30), answer.recv()).await {}
-        }
-        match control::client::inspect(namespace.name(), &record.id).await {
-            // it was committed, and runs
-            Ok(now) if now.status != "incoming" => finish(namespace, &record.id, migration, from).await,
-            _ => {
-                if remove(namespace, &record).await {
-                    outcome::keep(migration, from, Fate::Aborted);
-                }
+        for _ in 0..20 {
+            inspected = control::client::inspect(&placed.namespace, &placed.id).await.ok();
+            let receiving = |i: &control::Inspected| matches!(i.migration, MigrationState::Receiving { .. });
+            if !inspected.as_ref().is_some_and(receiving) {
+                break;
             }
+            tokio::time::sleep(END_LIMIT / 20).await;
         }
     }
-    Ok(())
-}
-
-/// Removes what was made of a container; true if nothing is left of it but what [`Placed`] holds.
-async fn remove(namespace: &Namespace, record: &Record) -> bool {
-    let removed = async {
-        namespace.task_remove(&record.id, Duration::from_secs(20)).await?;
-        namespace.container_delete(&record.id).await?;
-        namespace.snapshot_remove(&record.snapshotter, &record.snapshot_key).await
+    let known = inspected.is_some();
+    if !inspected.is_some_and(|i| matches!(i.status.as_str(), "running" | "paused" | "stopped")) {
+        log::info!("leftover: {name} never arrived from {}; undoing it", placed.from);
+        let (migration, from) = (placed.migration.clone(), placed.from.clone());
+        // without a shim that can say that it never ran, nobody knows for certain
+        if placed.undo(containerd).await.is_empty() && known {
+            outcome::keep(&migration, &from, Fate::Aborted);
+        }
+        return;
+    }
+    log::info!("leftover: {name} has arrived from {}; finishing what is left to do", placed.from);
+    let finished = async {
+        if let Err(error) = containerd.task_start(&placed.id).await {
+            log::info!("{name}: starting its task: {error:#}"); // it was started
+        }
+        outcome::keep(&placed.migration, &placed.from, Fate::Runs);
+        // what was sent when it came may have been lost
+        outcome::announce_again(&placed.migration).await;
+        containerd.lease_delete(&placed.lease(), false).await?;
+        (placed.complete, placed.steps) = (true, Vec::new());
+        placed.save()
     };
-    let removed = removed.await;
-    if let Err(error) = &removed {
-        log::error!("{}/{}: {error:#}", namespace.name(), record.id);
+    if let Err(error) = finished.await {
+        log::warn!("{name}: {error:#}");
     }
-    removed.is_ok()
 }
 
-/// A container arrived while no agent was there: containerd has not heard of it, and its announcement may have been lost.
-async fn finish(namespace: &Namespace, id: &str, migration: &str, from: &str) {
-    log::info!("{}/{id} arrived while no agent ran; finishing its migration", namespace.name());
-    if let Err(error) = namespace.task_start(id).await {
-        log::warn!("{}/{id} runs, but containerd could not be told: {error:#}", namespace.name());
-    }
-    outcome::keep(migration, from, Fate::Runs);
-    super::netns::announce_again(migration).await;
-}
-
-async fn markers(containerd: &Containerd) -> Result<()> {
-    let root = Path::new(RUN_DIR).join("incoming");
-    for directory in fs::read_dir(&root).into_iter().flatten().flatten() {
+/// Markers without a journal.
+fn markers() -> Result<()> {
+    for directory in fs::read_dir(Path::new(RUN_DIR).join("incoming")).into_iter().flatten().flatten() {
         for file in fs::read_dir(directory.path()).into_iter().flatten().flatten() {
-            let path = file.path();
-            let (Some(namespace), Some(id)) = (
-                directory.file_name().to_str().map(String::from),
-                path.file_stem().and_then(|s| s.to_str()).map(String::from),
-            ) else {
-                continue;
-            };
-            log::info!("leftover: {namespace}/{id} was announced and never created; marker removed");
-            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-            // the record was made just before the marker
-            let namespace = containerd.namespace(&namespace)?;
-            if namespace.task(&id).await?.is_none()
-                && let Some(record) = namespace.container(&id).await?
-                && super::ps::is_ours(&record)
-                && Placed::load(namespace.name(), &id).is_some()
-            {
-                namespace.container_delete(&id).await?;
-                namespace.snapshot_remove(&record.snapshotter, &record.snapshot_key).await?;
-            }
+            log::info!("leftover: marker {}; removed", file.path().display());
+            fs::remove_file(file.path()).with_context(|| format!("removing {}", file.path().display()))?;
         }
     }
     Ok(())
@@ -181,14 +150,14 @@ async fn deletions(agent: &Agent) -> Result<()> {
     let mut deleted = containerd.deletions().await?;
     // what was deleted while nobody listened
     for placed in Placed::all() {
-        if agent.busy.what(&placed.namespace, &placed.id).is_none() {
+        if placed.complete && agent.busy.what(&placed.namespace, &placed.id).is_none() {
             drop_if_gone(&containerd, &placed).await;
         }
     }
     while let Some((namespace, id)) = deleted.next().await? {
         let Some(placed) = Placed::load(&namespace, &id) else { continue };
         // whoever moves it away or undoes its arrival cleans up as well
-        if agent.busy.what(&namespace, &id).is_none() {
+        if placed.complete && agent.busy.what(&namespace, &id).is_none() {
             drop_if_gone(&containerd, &placed).await;
         }
     }

@@ -14,12 +14,13 @@ use super::{
         RestoreReport, RestoreRequest,
     },
     destination::{follow, no_blobs},
+    examine::{describe, image_of},
     message::{Offer, Refusal},
     netns,
     placement::{Placement, plain, situation},
     preflight,
     reporter::Reporter,
-    source::{clean_up, describe, image_of},
+    source::clean_up,
     spec,
 };
 use crate::{
@@ -54,6 +55,19 @@ fn end(agent: &Agent, reporter: &mut Reporter, result: Outcome<Reply>) {
         }
         if error.phase.is_empty() {
             error.phase = reporter.phase_name();
+        }
+        if error.state.is_empty() {
+            error.state = "nothing was changed".into();
+        }
+        if error.advice.is_empty() {
+            error.advice = match error.code {
+                ExitCode::BadFile => {
+                    "make the checkpoint anew, or copy it again: it is not as it was written"
+                }
+                ExitCode::Usage => "name a file that exists on this node",
+                _ => "the agent's log says more; `transship doctor` examines the node",
+            }
+            .into();
         }
         error
     }));

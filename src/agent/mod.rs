@@ -7,14 +7,16 @@
 //! | [`server`] | the port for peers and the unix socket: who gets in, and to whom they are handed |
 //! | [`message`], [`link`] | what agents say to each other, and how |
 //! | [`peer`] | dialling another agent |
+//! | [`examine`] | what there is to know of a container before it is moved |
 //! | [`source`] | `migrate`: this node gives a container away |
 //! | [`destination`] | this node takes a container |
-//! | [`placement`] | making a container here step by step, and undoing it |
+//! | [`placement`] | making a container here step by step |
+//! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
 //! | [`preflight`], [`host`], [`spec`] | does it fit here |
 //! | [`pending`] | one-time tickets; the data connections they let in |
 //! | [`layer`] | the writable layer of a container that does not run |
 //! | [`outcome`] | what became of migrations whose answer was lost |
-//! | [`netns`] | network namespaces, and what is remembered of containers that came |
+//! | [`netns`] | network namespaces of containers that come and go |
 //! | [`local`] | checkpoint, restore, resolve |
 //! | [`ps`] | the list of containers |
 //! | [`leftovers`] | what an earlier run left, and what goes with deleted containers |
@@ -22,6 +24,9 @@
 //!
 //! No byte of a running container's memory passes through here: the shims speak with each other
 //! ([`crate::migrate`]).
+
+// one error a request, and it is read by a person: its size does not matter
+#![allow(clippy::result_large_err)]
 
 use std::{
     collections::HashMap,
@@ -34,6 +39,7 @@ use tokio::sync::Semaphore;
 pub mod api;
 pub mod config;
 pub mod destination;
+pub mod examine;
 pub mod host;
 pub mod layer;
 pub mod leftovers;
@@ -44,6 +50,7 @@ pub mod netns;
 pub mod outcome;
 pub mod peer;
 pub mod pending;
+pub mod placed;
 pub mod placement;
 pub mod preflight;
 pub mod ps;

@@ -1,8 +1,4 @@
-//! Network namespaces of containers that come and go, and what this node remembers of containers that came.
-//!
-//! A container that arrives gets a network namespace made for it, and perhaps FIFOs. Whoever deletes it later with
-//! containerd's own tools knows nothing of these: [`Placed`] remembers them, and the agent removes them when containerd
-//! tells of the deletion, or at its next start.
+//! Network namespaces of containers that come and go.
 
 use std::{
     fs,
@@ -11,10 +7,12 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::spec::{self, SpecNamespace};
+use super::{
+    placed::Placed,
+    spec::{self, SpecNamespace},
+};
 use crate::{
     containerd::record::Record,
     control::RUN_DIR,
@@ -42,7 +40,7 @@ pub fn is_host(pid: u32) -> bool {
 
 /// Builds a network at `path`, fenced; blocking.
 pub fn build(config: &NetConfig, path: &Path, bridge: Option<&str>) -> Result<()> {
-    let attach = Attach { bridge: bridge.map(str::to_string), ..Attach::default() };
+    let attach = Attach { bridge: bridge.map(str::to_string) };
     net::build(config, path, &attach).with_context(|| format!("building the network {}", path.display()))
 }
 
@@ -56,85 +54,10 @@ pub fn fifo_dir(namespace: &str, id: &str) -> PathBuf {
     Path::new(RUN_DIR).join("fifo").join(key(namespace, id))
 }
 
-fn key(namespace: &str, id: &str) -> String {
+/// A short name for a container, for files.
+pub fn key(namespace: &str, id: &str) -> String {
     let hash = Sha256::digest(format!("{namespace}/{id}"));
     hash[..16].iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// What this node keeps for a container that came from another one.
-#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
-#[serde(default)]
-pub struct Placed {
-    /// containerd's namespace.
-    pub namespace: String,
-    /// The container's id.
-    pub id: String,
-    /// The node it came from.
-    pub from: String,
-    /// The migration by which it came.
-    pub migration: String,
-    /// The network namespace made for it.
-    pub netns: Option<PathBuf>,
-    /// The directory of FIFOs made for it.
-    pub fifos: Option<PathBuf>,
-}
-
-impl Placed {
-    fn path(namespace: &str, id: &str) -> PathBuf {
-        Path::new(RUN_DIR).join("placed").join(key(namespace, id) + ".json")
-    }
-
-    /// What is remembered of a container; `None` if it did not come from another node.
-    pub fn load(namespace: &str, id: &str) -> Option<Placed> {
-        serde_json::from_slice(&fs::read(Placed::path(namespace, id)).ok()?).ok()
-    }
-
-    /// All of them.
-    pub fn all() -> Vec<Placed> {
-        let dir = fs::read_dir(Path::new(RUN_DIR).join("placed"));
-        let files = dir.into_iter().flatten().flatten();
-        files.filter_map(|f| serde_json::from_slice(&fs::read(f.path()).ok()?).ok()).collect()
-    }
-
-    /// Remembers it.
-    pub fn save(&self) -> Result<()> {
-        let path = Placed::path(&self.namespace, &self.id);
-        let staged = path.with_extension("new");
-        let write = || {
-            fs::create_dir_all(path.parent().unwrap_or(&path))?;
-            fs::write(&staged, serde_json::to_vec(self)?)?;
-            fs::rename(&staged, &path)
-        };
-        write().with_context(|| format!("writing {}", path.display()))
-    }
-
-    /// Removes what was made for the container, and the memory of it; blocking. Fine if it is gone.
-    pub fn remove(&self) -> Result<()> {
-        if let Some(netns) = &self.netns {
-            net::destroy(netns).with_context(|| format!("removing the network {}", netns.display()))?;
-        }
-        if let Some(fifos) = &self.fifos {
-            gone(fs::remove_dir_all(fifos)).with_context(|| format!("removing {}", fifos.display()))?;
-        }
-        let path = Placed::path(&self.namespace, &self.id);
-        gone(fs::remove_file(&path)).with_context(|| format!("removing {}", path.display()))
-    }
-}
-
-/// Announces the addresses of the container that came by this migration, if it is still here.
-pub async fn announce_again(migration: &str) {
-    let Some(path) = Placed::all().into_iter().find(|p| p.migration == migration).and_then(|p| p.netns)
-    else {
-        return;
-    };
-    let announced = tokio::task::spawn_blocking(move || {
-        let netns = net::open(&path)?;
-        let config = net::capture(netns.as_fd())?;
-        net::announce(netns.as_fd(), &config)
-    });
-    if let Ok(Err(error)) = announced.await {
-        log::warn!("announcing the addresses of migration {migration} again: {error:#}");
-    }
 }
 
 /// Success also where there was nothing.
@@ -188,10 +111,20 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
 
 /// A process in the namespace at `path`.
 fn user_of(path: &Path) -> Option<u32> {
+    user_besides(path, &[])
+}
+
+/// A process in the network namespace of `pid` that is not one of `own`: fencing or moving the namespace would cut it off.
+pub fn shared_with(pid: u32, own: &[u32]) -> Option<u32> {
+    user_besides(Path::new(&format!("/proc/{pid}/ns/net")), own)
+}
+
+fn user_besides(path: &Path, own: &[u32]) -> Option<u32> {
     let wanted = fs::metadata(path).ok().map(|m| m.ino())?;
     let entries = fs::read_dir("/proc").ok()?.flatten();
     entries
         .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| !own.contains(pid))
         .find(|pid| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == wanted))
 }
 
@@ -214,5 +147,7 @@ mod tests {
         let own = fs::metadata("/proc/self/ns/net").unwrap();
         assert!(own.ino() > 0);
         assert!(user_of(Path::new("/proc/self/ns/net")).is_some());
+        let me = std::process::id();
+        assert_ne!(shared_with(me, &[me]), Some(me));
     }
 }

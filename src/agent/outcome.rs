@@ -3,15 +3,21 @@
 //! Only what is known for certain is kept: `Runs` once the shim has it running, `Aborted` once everything of it was
 //! undone. A source that is told anything else keeps its container frozen.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    os::fd::AsFd,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, layer::name, message::Message, netns, peer};
+use super::{Agent, layer::name, message::Message, peer, placed::Placed};
 use crate::{
     containerd::{Containerd, Namespace, record::Record},
     control::{self, Decision, MigrationState, RUN_DIR},
+    net,
 };
 
 /// What became of a migration.
@@ -127,6 +133,20 @@ impl Undecided {
         }
     }
 
+    /// Asks for as long as the destination answers that it does not know yet, up to the limit of silence. `None`: it is
+    /// still undecided, or the destination did not answer.
+    pub async fn ask_soon(&self, agent: &Agent) -> Option<Fate> {
+        let start = Instant::now();
+        loop {
+            match self.ask(agent).await {
+                Ok(None) if start.elapsed() < agent.config.silence(0) => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                answer => return answer.ok().flatten(),
+            }
+        }
+    }
+
     /// Asks until it is decided, one way or another. [`Fate::Unknown`]: by the operator.
     pub async fn pursue(&self, agent: &Agent) -> Fate {
         let pause = agent.config.silence(0).min(Duration::from_secs(2));
@@ -170,7 +190,23 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
 pub async fn answer(migration: &str, source: &str) -> Message {
     let fate = recall(migration, source);
     if fate == Fate::Runs {
-        netns::announce_again(migration).await;
+        announce_again(migration).await;
     }
     Message::Fate { fate }
+}
+
+/// Announces the addresses of the container that came by this migration, if it is still here.
+pub async fn announce_again(migration: &str) {
+    let Some(path) = Placed::all().into_iter().find(|p| p.migration == migration).and_then(|p| p.netns)
+    else {
+        return;
+    };
+    let announced = tokio::task::spawn_blocking(move || {
+        let netns = net::open(&path)?;
+        let config = net::capture(netns.as_fd())?;
+        net::announce(netns.as_fd(), &config)
+    });
+    if let Ok(Err(error)) = announced.await {
+        log::warn!("announcing the addresses of migration {migration} again: {error:#}");
+    }
 }

@@ -85,7 +85,7 @@ pub async fn dial(to: &str, pki: &Pki, node: &str, silence: Duration) -> Result<
     let stream = match timeout(HANDSHAKE_LIMIT, handshake).await {
         Err(_) => return Err(unreachable("no TLS handshake within 5 s".into())),
         Ok(Err(error)) => {
-            return Err(untrusted(&error.into(), to).unwrap_or_else(|e| unreachable(e)));
+            return Err(untrusted(&error.into(), to).unwrap_or_else(&unreachable));
         }
         Ok(Ok(stream)) => stream,
     };
@@ -100,7 +100,7 @@ pub async fn dial(to: &str, pki: &Pki, node: &str, silence: Duration) -> Result<
     let theirs = match greeted.await {
         Ok(Message::Hello(theirs)) => theirs,
         Ok(other) => return Err(unreachable(format!("it answered {}", self::name(&other)))),
-        Err(error) => return Err(untrusted(&error, to).unwrap_or_else(|e| unreachable(e))),
+        Err(error) => return Err(untrusted(&error, to).unwrap_or_else(&unreachable)),
     };
     select(VERSIONS, (theirs.oldest, theirs.newest)).map_err(|message| {
         ErrorReport::new(ExitCode::Refused, message).advice("install the same version on both nodes")

@@ -16,7 +16,8 @@ use super::{
     config::{Config, StdioPolicy},
     host::{self, HostFacts},
     message::Offer,
-    netns::{self, Placed},
+    netns,
+    placed::{Placed, Step},
     preflight::Situation,
     spec::{self, SpecNamespace},
 };
@@ -27,21 +28,6 @@ use crate::{
 
 /// How long what is being made is kept from containerd's garbage collector, should this agent die.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
-/// How long a task that is undone may take to end.
-const END_LIMIT: Duration = Duration::from_secs(20);
-
-/// One thing that was made (or was about to be). Undoing what is not there is fine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Step {
-    Lease,
-    Blob(String),
-    Image(String),
-    Snapshot,
-    Network,
-    Container,
-    Marker,
-    Task,
-}
 
 /// A container being made here.
 #[derive(Debug)]
@@ -56,7 +42,6 @@ pub struct Placement<'a> {
     /// The migration's id; the lease is named after it.
     pub migration: String,
     placed: Placed,
-    steps: Vec<Step>,
     /// Where the output goes, as given to containerd.
     pub stdio: String,
     /// The network namespace that was made.
@@ -78,15 +63,22 @@ impl<'a> Placement<'a> {
         migration: &str,
         from: &str,
     ) -> Result<Placement<'a>> {
-        let lease = format!("transship-{migration}");
-        containerd.lease_create(&lease, LEASE_LIFE).await?;
-        let placed = Placed {
+        let mut placed = Placed {
             namespace: offer.namespace.clone(),
             id: offer.record.id.clone(),
             from: from.into(),
             migration: migration.into(),
+            cold: offer.cold,
+            snapshotter: offer.record.snapshotter.clone(),
+            snapshot_key: offer.record.snapshot_key.clone(),
             ..Placed::default()
         };
+        placed.will(Step::Lease)?;
+        let lease = placed.lease();
+        if let Err(error) = containerd.lease_create(&lease, LEASE_LIFE).await {
+            placed.remove()?;
+            return Err(error);
+        }
         Ok(Placement {
             config,
             plain: containerd.clone(),
@@ -94,13 +86,22 @@ impl<'a> Placement<'a> {
             offer,
             migration: migration.into(),
             placed,
-            steps: vec![Step::Lease],
             stdio: String::new(),
             netns: None,
             memory_cap: 0,
             mounts: Vec::new(),
             warnings: Vec::new(),
         })
+    }
+
+    /// Takes a step that makes something in containerd: written down first, and not undone if another made it.
+    async fn step<T>(&mut self, step: Step, making: impl Future<Output = Result<T>>) -> Result<T> {
+        self.placed.will(step.clone())?;
+        let made = making.await;
+        if made.as_ref().is_err_and(is_already_exists) {
+            self.placed.not(&step)?;
+        }
+        made
     }
 
     /// containerd, under the lease.
@@ -125,10 +126,10 @@ impl<'a> Placement<'a> {
     }
 
     /// The name under which a blob is written.
-    pub fn blob_reference(&mut self, digest: &str) -> String {
+    pub fn blob_reference(&mut self, digest: &str) -> Result<String> {
         let reference = format!("transship-{}-{digest}", self.migration);
-        self.steps.push(Step::Blob(reference.clone()));
-        reference
+        self.placed.will(Step::Blob(reference.clone()))?;
+        Ok(reference)
     }
 
     /// Image, layers and the writable snapshot; the blobs must be there.
@@ -145,12 +146,10 @@ impl<'a> Placement<'a> {
                 let mut image = image.clone();
                 // what the garbage collector is told is this node's business
                 image.labels.retain(|key, _| !key.starts_with("containerd.io/gc."));
-                self.steps.push(Step::Image(image.name.clone()));
-                if let Err(error) = self.leased.image_create(image).await {
-                    self.steps.retain(|s| !is_already_exists(&error) || !matches!(s, Step::Image(_)));
-                    if !is_already_exists(&error) {
-                        return Err(error);
-                    }
+                let (step, leased) = (Step::Image(image.name.clone()), self.leased.clone());
+                match self.step(step, leased.image_create(image)).await {
+                    Err(error) if is_already_exists(&error) => {}
+                    other => other?,
                 }
             }
             Some(present) if present.target.digest != image.target.digest => self.warnings.push(format!(
@@ -162,10 +161,9 @@ impl<'a> Placement<'a> {
         let count = closure.layers.len();
         let snapshotter = self.offer.record.snapshotter.clone();
         self.leased.unpack(&snapshotter, &closure, |number, _| on_layer(number, count)).await?;
-        let key = self.offer.record.snapshot_key.clone();
-        self.mounts =
-            self.leased.snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default()).await?;
-        self.steps.push(Step::Snapshot);
+        let (key, leased) = (self.offer.record.snapshot_key.clone(), self.leased.clone());
+        let preparing = leased.snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default());
+        self.mounts = self.step(Step::Snapshot, preparing).await?;
         Ok(())
     }
 
@@ -174,8 +172,7 @@ impl<'a> Placement<'a> {
         let Some(net) = self.offer.net.clone() else { return Ok(()) };
         let path = netns_path(&self.offer);
         self.placed.netns = Some(path.clone());
-        self.steps.push(Step::Network);
-        self.placed.save()?;
+        self.placed.will(Step::Places)?;
         let (bridge, at) = (self.config.bridge.clone(), path.clone());
         tokio::task::spawn_blocking(move || netns::build(&net, &at, bridge.as_deref()))
             .await
@@ -187,24 +184,21 @@ impl<'a> Placement<'a> {
 
     /// The container's record.
     pub async fn container(&mut self) -> Result<()> {
-        self.leased.container_create(self.offer.record.clone()).await?;
-        self.steps.push(Step::Container);
-        Ok(())
+        let (record, leased) = (self.offer.record.clone(), self.leased.clone());
+        self.step(Step::Container, leased.container_create(record)).await
     }
 
     /// The task, which waits in its shim for what comes.
     pub async fn task(&mut self) -> Result<()> {
+        self.placed.fifos = Some(netns::fifo_dir(&self.offer.namespace, self.id()));
+        self.placed.will(Step::Places)?;
         let stdio = self.prepare_stdio()?;
-        if self.placed.fifos.is_some() && !self.steps.contains(&Step::Network) {
-            self.steps.push(Step::Network);
-        }
-        self.placed.save()?;
         let marker = incoming_marker(&self.offer.namespace, self.id());
-        self.steps.push(Step::Marker);
+        self.placed.will(Step::Marker)?;
         write_marker(&marker, &self.migration, self.netns.as_deref())?;
-        self.steps.push(Step::Task);
-        let id = self.id().to_string();
-        self.leased.task_create(&id, self.mounts.clone(), stdio).await?;
+        self.placed.will(Step::Images(self.config.images_dir.join(&self.migration)))?;
+        let (id, leased) = (self.id().to_string(), self.leased.clone());
+        self.step(Step::Task, leased.task_create(&id, self.mounts.clone(), stdio)).await?;
         let inspected = crate::control::client::inspect(&self.offer.namespace, &id).await?;
         ensure!(
             inspected.status == "incoming",
@@ -213,8 +207,7 @@ impl<'a> Placement<'a> {
         );
         // the shim has taken note of it
         netns::gone(fs::remove_file(&marker)).with_context(|| format!("removing {}", marker.display()))?;
-        self.steps.retain(|s| *s != Step::Marker);
-        Ok(())
+        self.placed.not(&Step::Marker)
     }
 
     /// Where the streams go: each is there again if it was there on the source, as the restored processes have it open.
@@ -223,12 +216,11 @@ impl<'a> Placement<'a> {
         let (namespace, id) = (self.offer.namespace.clone(), self.id().to_string());
         let fifos = netns::fifo_dir(&namespace, &id);
         let mut stdio = Stdio { terminal: self.offer.terminal, ..Stdio::default() };
-        let mut make = |name: &str| -> Result<String> {
+        let make = |name: &str| -> Result<String> {
             private_dir(&fifos)?;
             let path = fifos.join(name);
             nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))
                 .with_context(|| format!("making {}", path.display()))?;
-            self.placed.fifos = Some(fifos.clone());
             Ok(path.to_string_lossy().into_owned())
         };
         netns::gone(fs::remove_dir_all(&fifos)).with_context(|| format!("removing {}", fifos.display()))?;
@@ -244,7 +236,7 @@ impl<'a> Placement<'a> {
                 Some(format!("file://{}", dir.join(format!("{id}.log")).display()))
             }
         };
-        let mut place = |name: &str| output.clone().map_or_else(|| make(name), Ok);
+        let place = |name: &str| output.clone().map_or_else(|| make(name), Ok);
         if stdout {
             stdio.stdout = place("stdout")?;
         }
@@ -258,58 +250,16 @@ impl<'a> Placement<'a> {
 
     /// Everything worked: what was made stays. Remembers what is to go with the container.
     pub async fn keep(mut self) -> Result<Vec<String>> {
-        if self.placed.netns.is_some() || self.placed.fifos.is_some() || !self.offer.cold {
-            self.placed.save()?;
-        }
-        self.plain.lease_delete(&format!("transship-{}", self.migration), false).await?;
+        self.placed.complete = true;
+        self.placed.steps.clear();
+        self.placed.save()?;
+        self.plain.lease_delete(&self.placed.lease(), false).await?;
         Ok(std::mem::take(&mut self.warnings))
     }
 
-    /// Nothing came of it: undoes each step, the last one first. Returns what could not be undone.
-    pub async fn undo(mut self) -> Vec<String> {
-        let mut left = Vec::new();
-        while let Some(step) = self.steps.pop() {
-            match self.undo_step(&step).await {
-                Ok(()) => log::debug!("migration {}: undone: {step:?}", self.migration),
-                Err(error) => {
-                    log::error!("migration {}: left behind: {step:?}: {error:#}", self.migration);
-                    left.push(format!("{error:#}"));
-                }
-            }
-        }
-        log::info!(
-            "migration {} of {}/{}: {}",
-            self.migration,
-            self.offer.namespace,
-            self.offer.record.id,
-            if left.is_empty() {
-                "undone, nothing is left".into()
-            } else {
-                format!("left behind: {}", left.join("; "))
-            }
-        );
-        left
-    }
-
-    async fn undo_step(&self, step: &Step) -> Result<()> {
-        let record = &self.offer.record;
-        match step {
-            Step::Lease => self.plain.lease_delete(&format!("transship-{}", self.migration), true).await,
-            Step::Blob(reference) => self.leased.blob_abort(reference).await,
-            Step::Image(name) => self.plain.image_delete(name).await,
-            Step::Snapshot => self.plain.snapshot_remove(&record.snapshotter, &record.snapshot_key).await,
-            Step::Container => self.plain.container_delete(&record.id).await,
-            Step::Task => self.plain.task_remove(&record.id, END_LIMIT).await,
-            Step::Network => {
-                let placed = self.placed.clone();
-                tokio::task::spawn_blocking(move || placed.remove()).await.context("a thread")?
-            }
-            Step::Marker => {
-                let marker = incoming_marker(&self.offer.namespace, &record.id);
-                netns::gone(fs::remove_file(&marker))
-                    .with_context(|| format!("removing {}", marker.display()))
-            }
-        }
+    /// Nothing came of it: undoes all of it. Returns what could not be undone.
+    pub async fn undo(self) -> Vec<String> {
+        self.placed.undo(&self.plain).await
     }
 }
 

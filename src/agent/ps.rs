@@ -9,7 +9,7 @@ use super::{
     api::{ErrorReport, ExitCode, PsEntry, Reply, VersionReport},
     host::HostFacts,
     message::VERSIONS,
-    netns::Placed,
+    placed::Placed,
 };
 use crate::{
     containerd::{Containerd, record::Record, task::Task},

@@ -10,25 +10,19 @@ use anyhow::{Context, Result, bail};
 use super::{
     Agent,
     api::{ErrorReport, Event, ExitCode, MigrateRequest, Reply, Report},
-    host::{self, HostFacts},
+    examine::{Subject, examine},
     layer::{self, name},
     link::{Frame, Link, MAX_DATA},
-    message::{Message, Offer, Ready, Started},
+    message::{Message, Ready, Started},
     netns,
     outcome::{Fate, Undecided},
     peer::{self, Peer},
-    preflight,
+    placed::Placed,
     reporter::Reporter,
-    spec,
 };
 use crate::{
-    containerd::{
-        Containerd, Namespace,
-        image::{Closure, ImageRecord},
-        record::Record,
-        task::{Status, Task},
-    },
-    control::{self, Inspected, SendRequest},
+    containerd::{Namespace, record::Record},
+    control::{self, SendRequest},
     migrate::{fault, protocol::Failure},
 };
 
@@ -40,12 +34,14 @@ type Outcome<T> = Result<T, ErrorReport>;
 /// Carries out a migration; the reporter gets everything, the end too.
 pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Reporter) {
     let (namespace, id) = (request.namespace.clone(), request.container.clone());
+    reporter.phase("preflight");
     let result = match agent.busy.enter(&namespace, &id, &format!("leaving for {}", request.to)) {
         None => Err(ErrorReport::new(
             ExitCode::Busy,
             format!("{id} is busy with another migration or checkpoint"),
         )
-        .advice("see `transship ps`")),
+        .advice("wait for its end; see `transship ps`")
+        .state(format!("{id} is {}", agent.busy.what(&namespace, &id).unwrap_or_default()))),
         Some(_busy) => attempt(agent, &request, reporter).await,
     };
     match result {
@@ -68,15 +64,6 @@ pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Repo
             reporter.end(Err(error));
         }
     }
-}
-
-/// What is known of the container before anything is said to the peer.
-struct Subject {
-    containerd: Namespace,
-    record: Record,
-    task: Option<Task>,
-    inspected: Option<Inspected>,
-    offer: Offer,
 }
 
 async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporter) -> Outcome<Report> {
@@ -113,7 +100,14 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
         ));
     }
     let offer = Message::Offer(Box::new(subject.offer.clone()));
-    let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(as_before)?;
+    let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
+        if error.code == ExitCode::Unreachable {
+            // said only of what is known
+            let id = &request.container;
+            error.state = format!("{id} is on {} as before; {peer} undoes its part by itself", agent.node);
+        }
+        as_before(error)
+    })?;
     reporter.phase("transfer");
     let mut report = Report {
         migration: ready.migration.clone(),
@@ -155,171 +149,6 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     report.warnings.extend(notes);
     reporter.fill(&mut report);
     Ok(report)
-}
-
-fn internal(error: anyhow::Error) -> ErrorReport {
-    ErrorReport::new(ExitCode::Failed, format!("{error:#}"))
-}
-
-/// Reads all that the offer holds, and refuses what cannot move.
-async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject> {
-    let id = &request.container;
-    let fail = |code, message: String, advice: &str| Err(ErrorReport::new(code, message).advice(advice));
-    let containerd = Containerd::connect(&agent.config.containerd).await.map_err(internal)?;
-    let containerd = containerd
-        .namespace(&request.namespace)
-        .map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{e:#}")))?;
-    let Some(record) = containerd.container(id).await.map_err(internal)? else {
-        return fail(
-            ExitCode::NotFound,
-            format!("no container {id} in namespace {}", request.namespace),
-            "see `ctr --namespace N containers list`, or name another namespace with --namespace",
-        );
-    };
-    let task = containerd.task(id).await.map_err(internal)?;
-    let running = task.as_ref().is_some_and(|t| t.status == Status::Running);
-    let state = task.as_ref().map_or("has no task", |t| t.status.name());
-    if let Some(task) = &task
-        && task.status == Status::Paused
-    {
-        return fail(ExitCode::NotRunning, format!("{id} is paused"), "resume it first (ctr task resume)");
-    }
-    match (running, request.cold) {
-        (false, false) => {
-            return fail(
-                ExitCode::NotRunning,
-                format!(
-                    "{id} does not run (it {})",
-                    if state == "has no task" { state.into() } else { format!("is {state}") }
-                ),
-                "--cold moves its image, record and writable layer all the same",
-            );
-        }
-        (true, true) => {
-            return fail(ExitCode::Usage, format!("{id} runs"), "leave --cold away to move it as it runs");
-        }
-        _ => {}
-    }
-    preflight::check_movable(&record.spec).or_else(|refusal| {
-        // without memory there are no PIDs and addresses to keep
-        if request.cold {
-            return Ok(());
-        }
-        Err(ErrorReport::new(ExitCode::Refused, refusal.message).advice(refusal.advice))
-    })?;
-    if record.snapshot_key.is_empty() || record.image.is_empty() {
-        return fail(
-            ExitCode::Refused,
-            format!(
-                "{id} was not made of an image (it has no snapshot), so the other node cannot make it anew"
-            ),
-            "",
-        );
-    }
-    let (image, closure, layer) = image_of(&containerd, &record).await.map_err(|error| {
-        ErrorReport::new(ExitCode::Refused, format!("{error:#}")).advice(
-            "the image must be complete in this node's content store, as it was when the container was made",
-        )
-    })?;
-    let inspected = match &task {
-        Some(task) if running => Some(inspect(agent, request, &record, task).await?),
-        _ => None,
-    };
-    let mut offer = Offer {
-        namespace: request.namespace.clone(),
-        record: record.clone(),
-        image,
-        blobs: closure.blobs.clone(),
-        chain: closure.chain_id().to_string(),
-        layer,
-        cold: !running,
-        ignore_cpu: request.ignore_cpu,
-        silence_seconds: request.silence_seconds,
-        ghost_limit: request.ghost_limit,
-        terminal: spec::terminal(&record.spec),
-        ..Offer::default()
-    };
-    describe(agent, &containerd, &mut offer, task.as_ref(), inspected.as_ref()).await.map_err(internal)?;
-    Ok(Subject { containerd, record, task, inspected, offer })
-}
-
-/// The container's image as it was when it was made, and the size of its layer.
-pub async fn image_of(containerd: &Namespace, record: &Record) -> Result<(ImageRecord, Closure, u64)> {
-    let (snapshotter, key) = (&record.snapshotter, &record.snapshot_key);
-    let snapshot = containerd.snapshot(snapshotter, key).await?;
-    let snapshot =
-        snapshot.with_context(|| format!("the container's snapshot {key} of {snapshotter} is gone"))?;
-    let image = containerd.image(&record.image).await?;
-    let image = image.with_context(|| format!("image {} is gone from this node", record.image))?;
-    let closure = containerd.image_closure(&image.target, Some(&snapshot.parent)).await;
-    let closure = closure.with_context(|| format!("image {}", record.image))?;
-    // a snapshotter that cannot say is no reason not to move
-    let layer = containerd.snapshot_usage(snapshotter, key).await.unwrap_or(0);
-    Ok((image, closure, layer))
-}
-
-/// Asks the container's shim, and refuses what it knows to be unmovable.
-async fn inspect(
-    agent: &Agent,
-    request: &MigrateRequest,
-    record: &Record,
-    task: &Task,
-) -> Outcome<Inspected> {
-    let id = &request.container;
-    let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
-        ErrorReport::new(
-            ExitCode::Refused,
-            format!("{id} does not run under transship (its runtime is {}): {error:#}", record.runtime),
-        )
-        .advice("run it with --runtime io.containerd.transship.v2; --cold moves one that is stopped")
-    })?;
-    if let control::MigrationState::Undecided { peer, .. } = &inspected.migration {
-        return Err(ErrorReport::new(
-            ExitCode::Undecided,
-            format!("{id} is frozen here since its move to {peer} was committed without an answer"),
-        )
-        .advice("find out whether it runs there, then `transship resolve`"));
-    }
-    if !inspected.execs.is_empty() {
-        return Err(ErrorReport::new(
-            ExitCode::Refused,
-            format!("{id} has running exec sessions ({}), which cannot move", inspected.execs.join(", ")),
-        )
-        .advice("end them first"));
-    }
-    if netns::is_host(task.pid) {
-        return Err(ErrorReport::new(ExitCode::Refused, format!("{id} is in the network of {}", agent.node)));
-    }
-    Ok(inspected)
-}
-
-/// What the offer says of node, processes and network.
-pub async fn describe(
-    agent: &Agent,
-    containerd: &Namespace,
-    offer: &mut Offer,
-    task: Option<&Task>,
-    inspected: Option<&Inspected>,
-) -> Result<()> {
-    offer.runtime = "runc".into();
-    if let (Some(task), Some(inspected)) = (task, inspected) {
-        offer.stdio.clone_from(&task.stdio);
-        offer.terminal = task.terminal;
-        offer.stdio_kinds.clone_from(&inspected.stdio);
-        if !inspected.runtime.is_empty() {
-            offer.runtime.clone_from(&inspected.runtime);
-        }
-        let pids = containerd.task_pids(&task.id).await?;
-        offer.memory = host::memory_of(&pids);
-        let pid = task.pid;
-        let captured = tokio::task::spawn_blocking(move || netns::capture(pid)).await.context("a thread")?;
-        offer.net = Some(captured?);
-    }
-    let (criu, runtime) = (agent.config.criu.clone(), offer.runtime.clone());
-    offer.host = tokio::task::spawn_blocking(move || HostFacts::gather(criu.as_deref(), &runtime))
-        .await
-        .context("a thread")?;
-    Ok(())
 }
 
 fn lost(peer: &str, error: &anyhow::Error) -> ErrorReport {
@@ -530,9 +359,9 @@ async fn follow_undecided(
     reporter: &mut Reporter,
 ) -> Outcome<()> {
     let id = &undecided.record.id;
-    let fate = match undecided.ask(agent).await {
-        Ok(Some(fate)) => fate,
-        _ => {
+    let fate = match undecided.ask_soon(agent).await {
+        Some(fate) => fate,
+        None => {
             // the operator hears of it now; the asking goes on
             let mut error = ErrorReport::new(ExitCode::Undecided, message);
             error.node.clone_from(&agent.node);
@@ -685,6 +514,9 @@ pub async fn clean_up(containerd: &Namespace, record: &Record, task: bool, cold:
     note(containerd.container_delete(&record.id).await);
     note(containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await);
     if cold {
+        let placed = Placed::load(containerd.name(), &record.id);
+        let removed = tokio::task::spawn_blocking(move || placed.map_or(Ok(()), |p| p.remove())).await;
+        notes.extend(removed.ok().and_then(Result::err).map(|error| format!("left on this node: {error:#}")));
         return notes;
     }
     let others = containerd.container_list().await.unwrap_or_default();

@@ -259,7 +259,7 @@ fn receive_state(
     let mut receiver = Receiver::new(images, layer, memory_cap)?;
     let mut shown = 0;
     loop {
-        match wire.next()? {
+        match wire.recv()? {
             Kind::Final => {
                 let totals = wire.message::<Final>()?;
                 return Ok((receiver.finish(&totals)?, totals));

@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::abort::Abort;
@@ -29,7 +29,7 @@ use super::report::{Clock, Report, millis};
 use super::stream::Sender;
 use super::wire::{FrameSink, Wire};
 use crate::cgroup::Freezer;
-use crate::control::{Event, Limits};
+use crate::control::{Event, Limits, RUN_DIR};
 use crate::criu::options::{Facts, dump_options};
 use crate::criu::{self, Criu, DumpRequest};
 use crate::net;
@@ -148,7 +148,14 @@ pub fn send(
 ) -> Result<Outcome> {
     let mut clock = Clock::start();
     let sent = try_send(wire, ticket, task, options, abort, &mut clock, events);
-    sent.map_err(|e| failure_of(&e, clock.current(), &options.node).into())
+    sent.map_err(|e| {
+        let failure = failure_of(&e, clock.current(), &options.node);
+        // it runs on here already; the other side's log shall say why
+        if !failure.lost && failure.node == options.node {
+            wire.fail(&failure);
+        }
+        failure.into()
+    })
 }
 
 fn try_send(
@@ -345,7 +352,7 @@ fn freeze_and_stream(
         go_on()
     });
     let mut sender = sender.into_inner();
-    let streamed = dumped.inspect_err(|_| keep_log(&work, options)).and_then(|_| {
+    let streamed = dumped.and_then(|_| {
         phase("files");
         sender.files(&images)?;
         sender.stdio(&carry)
@@ -353,7 +360,7 @@ fn freeze_and_stream(
     if let Err(e) = streamed {
         // the destination's own reason, if it was the destination that hung up
         let why = if e.is::<criu::dump::DumpFailed>() { None } else { sender.reason() };
-        return Err(why.map_or(e, Into::into));
+        return Err(why.map_or_else(|| keep_log(e, &work, options), Into::into));
     }
     let sent = sender.finish()?;
     events(Event::Progress { bytes: wire.bytes().0 });
@@ -361,11 +368,32 @@ fn freeze_and_stream(
     Ok((still, report))
 }
 
-/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it.
-fn keep_log(work: &Path, options: &Options) {
-    let to = options.limits.images_dir.join(format!("{}-dump.log", options.migration_id));
-    if let Err(e) = std::fs::copy(work.join(criu::dump::LOG_FILE), &to) {
-        log::debug!("keeping CRIU's log as {}: {e}", to.display());
+/// Logs of failed dumps that are kept.
+const LOGS: usize = 16;
+
+/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it. Returns the error with the place.
+fn keep_log(error: anyhow::Error, work: &Path, options: &Options) -> anyhow::Error {
+    if !error.is::<criu::dump::DumpFailed>() {
+        return error;
+    }
+    let dir = Path::new(RUN_DIR).join("logs");
+    let to = dir.join(format!("{}-dump.log", options.migration_id));
+    let keep = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&dir)?;
+        std::fs::copy(work.join(criu::dump::LOG_FILE), &to)?;
+        let mut all: Vec<_> = std::fs::read_dir(&dir)?
+            .flatten()
+            .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f.path())))
+            .collect();
+        all.sort();
+        all.iter().rev().skip(LOGS).try_for_each(|(_, path)| std::fs::remove_file(path))
+    };
+    match keep() {
+        Ok(()) => anyhow!("{error:#} (log: {})", to.display()),
+        Err(e) => {
+            log::warn!("keeping CRIU's log as {}: {e}", to.display());
+            error
+        }
     }
 }
 

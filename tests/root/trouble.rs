@@ -30,7 +30,7 @@ impl<'a> Witness<'a> {
     /// With so many MB of data in it.
     pub fn with_data(bed: &'a Bed, id: &str, mb: u32) -> Result<Witness<'a>> {
         let redis = moves::start_redis(bed, Node::A, id, "10.77.6.1")?;
-        let client = Client::start(bed, &redis.ip, &["--fill-mb", &mb.to_string()])?;
+        let client = Client::start(bed, &redis.ip, &["--fill-mb", &mb.to_string(), "--timeout", "60"])?;
         let pid = container::pid(bed, Node::A, id)?;
         Ok(Witness { bed, redis, client, pid })
     }

@@ -1,6 +1,8 @@
 //! The scenarios, one subject per file. To add one: write a function over a [`Bed`](crate::bed::Bed) and list it in its file's `ALL`.
 
 mod moving;
+mod net_config;
+mod net_connections;
 mod tasks;
 mod trouble_commit;
 mod trouble_deaths;
@@ -21,5 +23,5 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         trouble_commit::ALL,
         trouble_files::ALL,
     ];
-    [tasks::ALL, moving::ALL].into_iter().chain(trouble).flatten()
+    [tasks::ALL, moving::ALL, net_connections::ALL, net_config::ALL].into_iter().chain(trouble).flatten()
 }

@@ -80,7 +80,9 @@ fn wrapped<'a>(bed: &'a Bed, program: &str, script: &str) -> Result<Mounted<'a>>
 fn runc_restore(bed: &Bed) -> Result<()> {
     let witness = Witness::start(bed, "w1")?;
     // fails at once, and only at the restore
-    let script = r#"for a in "$@"; do [ "$a" != restore ] || { echo "runc: cgroups: read-only file system" >&2; exit 1; }; done; exec $real "$@""#;
+    let script = r#"for a in "$@"; do [ "$prev" != --log ] || log=$a; [ "$a" != restore ] || restore=1; prev=$a; done
+[ -z "$restore" ] || { echo '{"level":"error","msg":"mkdir /sys/fs/cgroup/x: read-only file system","time":"t"}' >> $log; exit 1; }
+exec $real "$@""#;
     let _broken = wrapped(bed, "runc", script)?;
     let error = witness.refused(&[], 8, &["runc restore", "read-only file system"])?;
     ensure!(error["node"].as_str().is_some_and(|n| n.ends_with("-b")), "{error}");
