@@ -214,8 +214,6 @@ mod tests {
     };
     use tokio::sync::mpsc;
 
-    use containerd_shim_protos::topics;
-
     use super::*;
 
     /// containerd's end: takes events; refuses each `refuse` times first.

@@ -25,7 +25,7 @@ use super::protocol::{
 use super::report::{Clock, Report, millis};
 use super::source::ImagesDir;
 use super::stream::Receiver;
-use super::wire::{FrameSink, Wire};
+use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
@@ -134,7 +134,8 @@ pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
             phase: phase.to_owned(),
             node: node.to_owned(),
             message: format!("{e:#}"),
-            advice: String::new(),
+            lost: e.is::<Lost>(),
+            ..Failure::default()
         },
     }
 }
@@ -357,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_failure_of_the_peer_is_passed_on_unchanged() {
-        let f = Failure { phase: "dump".into(), node: "a".into(), message: "m".into(), advice: "x".into() };
+        let f = Failure { phase: "dump".into(), node: "a".into(), message: "m".into(), ..Failure::default() };
         let e = anyhow::Error::from(f.clone()).context("receiving");
         assert_eq!(failure_of(&e, "receive", "b"), f);
         let own = failure_of(&anyhow!("no room").context("writing"), "receive", "b");

@@ -15,11 +15,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::destination::failure_of;
 use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
@@ -28,7 +29,7 @@ use super::report::{Clock, Report, millis};
 use super::stream::Sender;
 use super::wire::{FrameSink, Wire};
 use crate::cgroup::Freezer;
-use crate::control::{Event, Limits};
+use crate::control::{Event, Limits, RUN_DIR};
 use crate::criu::options::{Facts, dump_options};
 use crate::criu::{self, Criu, DumpRequest};
 use crate::net;
@@ -146,11 +147,31 @@ pub fn send(
     events: &dyn Fn(Event),
 ) -> Result<Outcome> {
     let mut clock = Clock::start();
+    let sent = try_send(wire, ticket, task, options, abort, &mut clock, events);
+    sent.map_err(|e| {
+        let failure = failure_of(&e, clock.current(), &options.node);
+        // it runs on here already; the other side's log shall say why
+        if !failure.lost && failure.node == options.node {
+            wire.fail(&failure);
+        }
+        failure.into()
+    })
+}
+
+fn try_send(
+    wire: &mut Wire,
+    ticket: &str,
+    task: Box<dyn SourceTask>,
+    options: &Options,
+    abort: &Abort,
+    clock: &mut Clock,
+    events: &dyn Fn(Event),
+) -> Result<Outcome> {
     let phase = |clock: &mut Clock, name: &str| {
         clock.phase(name);
         events(Event::Phase { phase: name.to_owned() });
     };
-    phase(&mut clock, "prepare");
+    phase(clock, "prepare");
     let prepared = Prepared::new(&*task, options)?;
     let hello = Hello {
         oldest: OLDEST,
@@ -162,16 +183,15 @@ pub fn send(
     wire.expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
-    let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
-    phase(&mut clock, "restore");
+    let (mut still, mut report) = freeze_and_stream(wire, task, prepared, options, abort, clock, events)?;
+    phase(clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
     fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
-    phase(&mut clock, "commit");
+    phase(clock, "commit");
     let answer = wire.json(Kind::Commit, &Commit {}).and_then(|()| wire.expect::<Running>(Kind::Running));
     let running = match answer {
         Ok(running) => running,
@@ -183,7 +203,7 @@ pub fn send(
         }
     };
     report.freeze_ms = millis(still.since.elapsed()) - running.since_ms;
-    phase(&mut clock, "clean up");
+    phase(clock, "clean up");
     if let Err(e) = still.gone() {
         report.warnings.push(format!("{e:#}"));
     }
@@ -212,7 +232,7 @@ pub fn checkpoint(
     let prepared = Prepared::new(&*task, options)?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, container))?;
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
+    let (mut still, mut report) = step.map_err(|e| failure_of(&e, clock.current(), &options.node))?;
     report.freeze_ms = millis(still.since.elapsed());
     if stop {
         // durable before the only running copy is killed
@@ -347,7 +367,7 @@ fn freeze_and_stream(
     });
     drop(times);
     let mut sender = sender.into_inner();
-    let streamed = dumped.map_err(|e| keep_log(e, &work, options)).and_then(|_| {
+    let streamed = dumped.and_then(|_| {
         phase("files");
         sender.files(&images)?;
         sender.stdio(&carry)
@@ -355,7 +375,7 @@ fn freeze_and_stream(
     if let Err(e) = streamed {
         // the destination's own reason, if it was the destination that hung up
         let why = if e.is::<criu::dump::DumpFailed>() { None } else { sender.reason() };
-        return Err(why.map_or(e, Into::into));
+        return Err(why.map_or_else(|| keep_log(e, &work, options), Into::into));
     }
     let sent = sender.finish()?;
     events(Event::Progress { bytes: wire.bytes().0 });
@@ -363,18 +383,33 @@ fn freeze_and_stream(
     Ok((still, report))
 }
 
-/// CRIU's log outlives the images: whoever reads the error, which then names the kept one, wants to see the rest of it.
-fn keep_log(mut error: anyhow::Error, work: &Path, options: &Options) -> anyhow::Error {
-    let to = options.limits.images_dir.join(format!("{}-dump.log", options.migration_id));
-    match (
-        std::fs::copy(work.join(criu::dump::LOG_FILE), &to),
-        error.downcast_mut::<criu::dump::DumpFailed>(),
-    ) {
-        (Ok(_), Some(failed)) => failed.log = to.display().to_string(),
-        (Ok(_), None) => {}
-        (Err(e), _) => log::debug!("keeping CRIU's log as {}: {e}", to.display()),
+/// Logs of failed dumps that are kept.
+const LOGS: usize = 16;
+
+/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it. Returns the error with the place.
+fn keep_log(error: anyhow::Error, work: &Path, options: &Options) -> anyhow::Error {
+    if !error.is::<criu::dump::DumpFailed>() {
+        return error;
     }
-    error
+    let dir = Path::new(RUN_DIR).join("logs");
+    let to = dir.join(format!("{}-dump.log", options.migration_id));
+    let keep = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&dir)?;
+        std::fs::copy(work.join(criu::dump::LOG_FILE), &to)?;
+        let mut all: Vec<_> = std::fs::read_dir(&dir)?
+            .flatten()
+            .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f.path())))
+            .collect();
+        all.sort();
+        all.iter().rev().skip(LOGS).try_for_each(|(_, path)| std::fs::remove_file(path))
+    };
+    match keep() {
+        Ok(()) => anyhow!("{error:#} (log: {})", to.display()),
+        Err(e) => {
+            log::warn!("keeping CRIU's log as {}: {e}", to.display());
+            error
+        }
+    }
 }
 
 /// A directory for images that goes away with its owner.

@@ -9,6 +9,7 @@
 //! | `manifest.rs` | what a directory tree holds, to be compared later |
 //! | `moves.rs` | migrations through the command line |
 //! | `output.rs` | what a container that moves has written, on either node |
+//! | `trouble.rs` | a container that must not notice, the shape of errors, faults |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -25,6 +26,7 @@ mod output;
 mod requirements;
 mod scenarios;
 mod traffic;
+mod trouble;
 
 use std::sync::{Arc, Mutex};
 
