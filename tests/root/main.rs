@@ -7,6 +7,7 @@
 //! | `container.rs` | containers, pods and images through ctr |
 //! | `client.rs` | the redis client outside of the nodes |
 //! | `moves.rs` | migrations through the command line |
+//! | `transship.rs` | the command `transship`, with --json |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `scenarios/` | the scenarios, one subject per file |
 //!
@@ -19,6 +20,7 @@ mod container;
 mod moves;
 mod requirements;
 mod scenarios;
+mod transship;
 
 use std::sync::{Arc, Mutex};
 

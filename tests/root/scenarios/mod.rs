@@ -1,5 +1,7 @@
 //! The scenarios, one subject per file. To add one: write a function over a [`Bed`](crate::bed::Bed) and list it in its file's `ALL`.
 
+mod checkpoint_errors;
+mod checkpoint_file;
 mod moving;
 mod tasks;
 
@@ -7,5 +9,5 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL].into_iter().flatten()
+    [tasks::ALL, moving::ALL, checkpoint_file::ALL, checkpoint_errors::ALL].into_iter().flatten()
 }
