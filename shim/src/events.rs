@@ -32,8 +32,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use containerd_shim_protos::topics;
-
 /// Events that are kept while containerd is away; then the oldest go.
 const QUEUE: usize = 2048;
 /// How often an event is tried again.
@@ -213,6 +211,8 @@ mod tests {
         },
     };
     use tokio::sync::mpsc;
+
+    use containerd_shim_protos::topics;
 
     use super::*;
 

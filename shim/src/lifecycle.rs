@@ -179,16 +179,6 @@ impl Container {
         Ok(())
     }
 
-    /// The migration gave up after all: an adopted container whose tasks have not run is an incoming one again, so that Delete
-    /// cleans it up or another restore can be tried. The caller has ended the tasks (CRIU does when the gate refuses). Nothing happens
-    /// when the container was not adopted.
-    pub fn disown(&self) {
-        if matches!(self.origin, Origin::Incoming { .. }) && !*self.started.borrow() {
-            self.init.set_pid(0);
-            self.init.set_state(State::Incoming);
-        }
-    }
-
     /// Watches init's exit and the container's OOM kills.
     pub fn follow(self: &Arc<Self>, watch: ExitWatch) {
         let pid = self.init.pid();

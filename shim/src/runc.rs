@@ -138,15 +138,6 @@ pub struct RestoreArgs {
     pub deadline: Option<Duration>,
 }
 
-/// What `runc state` says.
-#[derive(Debug, Clone, Deserialize)]
-pub struct RuncState {
-    /// The init's pid; 0 when stopped.
-    pub pid: i32,
-    /// created, running, paused, stopped.
-    pub status: String,
-}
-
 /// The driver for one container's bundle. Cheap to clone.
 #[derive(Clone)]
 pub struct Runc {
@@ -270,14 +261,6 @@ impl Runc {
         // runc prints `null` for an empty cgroup.
         let pids: Option<Vec<u32>> = serde_json::from_slice(&done.stdout).context("read runc ps")?;
         Ok(pids.unwrap_or_default())
-    }
-
-    /// `runc state`.
-    pub async fn state(&self, id: &str) -> Result<RuncState> {
-        let mut c = self.command("state");
-        c.arg(id);
-        let done = self.run(c, None).await?;
-        serde_json::from_slice(&done.stdout).context("read runc state")
     }
 
     /// `runc checkpoint`.
@@ -414,8 +397,7 @@ fn last_logged_error(log: &Path, start: u64) -> Option<String> {
     file.take(1 << 20).read_to_string(&mut text).ok()?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<Line>(l).ok())
-        .filter(|l| l.level == "error" || l.level == "fatal")
-        .next_back()
+        .rfind(|l| l.level == "error" || l.level == "fatal")
         .map(|l| l.msg.trim().to_string())
 }
 

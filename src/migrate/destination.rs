@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::fault;
 use super::protocol::{
     ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
 };
@@ -173,6 +174,7 @@ fn take(
         Peer::Waits => (wire.expect::<Manifest>(Kind::Manifest)?, true),
         Peer::File(manifest) => (manifest, false),
     };
+    fault::point("receive");
     let (carry, totals) =
         receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
 
@@ -184,6 +186,7 @@ fn take(
     phase(clock, "runc restore");
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;
     wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
+    fault::point("restoring");
     phase(clock, "criu restore");
     gate.open_restore()?;
     wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
@@ -197,11 +200,16 @@ fn take(
         _ => net::Kick::default(),
     };
     if waits {
+        fault::point("held");
         phase(clock, "commit");
         wire.json(Kind::Restored, &Restored::default())?;
         wire.expect::<Commit>(Kind::Commit).context("waiting for the source's commit")?;
+        fault::point("committed");
+        // asked to give up in between: too late, the source will not run it again
+        abort.commit();
+    } else {
+        ensure!(abort.commit(), "the migration was given up by request");
     }
-    ensure!(abort.commit(), "the migration was given up by request");
     phase(clock, "resume");
     // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
     if let Some(ns) = &netns {
@@ -250,7 +258,7 @@ fn receive_state(
     let mut receiver = Receiver::new(images, layer, memory_cap)?;
     let mut shown = 0;
     loop {
-        match wire.next()? {
+        match wire.recv()? {
             Kind::Final => {
                 let totals = wire.message::<Final>()?;
                 return Ok((receiver.finish(&totals)?, totals));
@@ -299,7 +307,8 @@ fn wait_for_runc(wire: &mut Wire, task: &mut dyn DestinationTask, waits: bool) -
         }
         std::thread::sleep(Duration::from_millis(1));
         if waits {
-            wire.alive()?;
+            // the tasks run: a connection that is lost now undoes nothing any more
+            wire.alive().ok();
         }
     }
 }

@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
 };
@@ -166,6 +167,7 @@ pub fn send(
     phase(&mut clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
+    fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
@@ -295,6 +297,7 @@ fn freeze_and_stream(
     go_on()?;
     phase("freeze");
     let (still, carry) = Still::enter(task, freezer, netns)?;
+    fault::point("frozen");
     let processes = still.freezer.pids().map(|p| p.len()).unwrap_or(0);
     wire.json(Kind::Frozen, &Frozen { processes })?;
     wire.flush()?;
@@ -329,14 +332,19 @@ fn freeze_and_stream(
         go_on()
     });
     let mut sender = sender.into_inner();
-    let streamed = dumped.inspect_err(|_| keep_log(&work, options)).and_then(|_| {
+    let refused = |e: &anyhow::Error| e.is::<criu::dump::DumpFailed>();
+    // not when only what CRIU was writing to has failed: then its log says nothing that the error does not
+    if dumped.as_ref().is_err_and(refused) {
+        keep_log(&work, options);
+    }
+    let streamed = dumped.and_then(|_| {
         phase("files");
         sender.files(&images)?;
         sender.stdio(&carry)
     });
     if let Err(e) = streamed {
         // the destination's own reason, if it was the destination that hung up
-        let why = if e.is::<criu::dump::DumpFailed>() { None } else { sender.reason() };
+        let why = if refused(&e) { None } else { sender.reason() };
         return Err(why.map_or(e, Into::into));
     }
     let sent = sender.finish()?;

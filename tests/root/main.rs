@@ -9,6 +9,7 @@
 //! | `moves.rs` | migrations through the command line |
 //! | `transship.rs` | the command `transship`, with --json |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
+//! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
 //!
 //! Every scenario runs once for each containerd (`c17::name`, `c21::name`), one after the other; those of one containerd share a
@@ -20,6 +21,7 @@ mod container;
 mod moves;
 mod requirements;
 mod scenarios;
+mod traffic;
 mod transship;
 
 use std::sync::{Arc, Mutex};

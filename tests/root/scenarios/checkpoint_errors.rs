@@ -58,7 +58,11 @@ fn disk_full(bed: &Bed) -> Result<()> {
         let left = bed.sh(Node::A, "ls -A /run/small; umount /run/small")?;
         let said = said?;
         let text = said.json.to_string();
-        ensure!(said.code != 0 && text.contains("No space left"), "{kib} KiB: exit {}: {text}", said.code);
+        ensure!(
+            said.code != 0 && text.contains("checkpoint file: No space left"),
+            "{kib} KiB: exit {}: {text}",
+            said.code
+        );
         ensure!(left.is_empty(), "{kib} KiB: left behind: {left}");
         runs_on(bed).with_context(|| format!("{kib} KiB"))?;
     }

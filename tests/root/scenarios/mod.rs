@@ -3,11 +3,22 @@
 mod checkpoint_errors;
 mod checkpoint_file;
 mod moving;
+mod net_config;
+mod net_connections;
 mod tasks;
 
 use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL, checkpoint_file::ALL, checkpoint_errors::ALL].into_iter().flatten()
+    [
+        tasks::ALL,
+        moving::ALL,
+        net_connections::ALL,
+        net_config::ALL,
+        checkpoint_file::ALL,
+        checkpoint_errors::ALL,
+    ]
+    .into_iter()
+    .flatten()
 }

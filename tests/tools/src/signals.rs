@@ -2,15 +2,18 @@
 //! A container's process 1 has no default action for TERM, so a handler is needed for it to stop at all.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 static STOPS: AtomicU32 = AtomicU32::new(0);
+static WAKES: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn on_stop(_: libc::c_int) {
     STOPS.fetch_add(1, Ordering::Relaxed);
 }
 
-extern "C" fn on_wake(_: libc::c_int) {}
+extern "C" fn on_wake(_: libc::c_int) {
+    WAKES.fetch_add(1, Ordering::Relaxed);
+}
 
 fn handle(signal: libc::c_int, handler: extern "C" fn(libc::c_int)) {
     // SAFETY: an all-zero sigaction is valid; the handlers only touch an atomic, which is async-signal-safe.
@@ -34,12 +37,21 @@ pub fn stops() -> u32 {
     STOPS.load(Ordering::Relaxed)
 }
 
-/// Sleeps, but no longer than until the next signal (std's sleep would go on after one).
+/// Sleeps, but no longer than until the next of the two signals. Others do not end it, nor does a sleep that was cut short
+/// without any (CRIU does that to every sleep it restores).
 pub fn pause(duration: Duration) {
-    let wait = libc::timespec {
-        tv_sec: duration.as_secs() as libc::time_t,
-        tv_nsec: duration.subsec_nanos() as libc::c_long,
-    };
-    // SAFETY: `wait` is a valid timespec, and the remaining time is not asked for.
-    unsafe { libc::nanosleep(&wait, std::ptr::null_mut()) };
+    let signals = || (STOPS.load(Ordering::Relaxed), WAKES.load(Ordering::Relaxed));
+    let (before, end) = (signals(), Instant::now() + duration);
+    while signals() == before {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        let wait = libc::timespec {
+            tv_sec: left.as_secs() as libc::time_t,
+            tv_nsec: left.subsec_nanos() as libc::c_long,
+        };
+        // SAFETY: `wait` is a valid timespec, and the remaining time is not asked for.
+        unsafe { libc::nanosleep(&wait, std::ptr::null_mut()) };
+    }
 }
