@@ -10,6 +10,7 @@
 //! | `moves.rs` | migrations through the command line |
 //! | `output.rs` | what a container that moves has written, on either node |
 //! | `trouble.rs` | a container that must not notice, the shape of errors, faults |
+//! | `transship.rs` | the command `transship`, with --json |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -27,6 +28,7 @@ mod requirements;
 mod scenarios;
 mod traffic;
 mod trouble;
+mod transship;
 
 use std::sync::{Arc, Mutex};
 
