@@ -35,7 +35,7 @@ use containerd_shim::{
 
 use crate::{
     detect::{self, TaskApi},
-    group, mounts, options, process, runc,
+    group, mounts, options, process, remains, runc,
 };
 
 /// The runtime's name as containerd's configuration has it.
@@ -74,12 +74,8 @@ pub fn start(flags: &Flags) -> Result<()> {
     fs::write(bundle.join("address"), &address).context("write the address file")?;
     let answer = match protocol {
         Protocol::Bootstrap => {
-            let answer = BootstrapResult {
-                version: 3,
-                address,
-                protocol: "ttrpc".into(),
-                ..Default::default()
-            };
+            let answer =
+                BootstrapResult { version: 3, address, protocol: "ttrpc".into(), ..Default::default() };
             answer.write_to_bytes().context("encode the answer")?
         }
         Protocol::Legacy => legacy_answer(detect::task_api(&flags.publish_binary), &address),
@@ -91,9 +87,9 @@ pub fn start(flags: &Flags) -> Result<()> {
 fn legacy_answer(api: TaskApi, address: &str) -> Vec<u8> {
     match api {
         TaskApi::V2 => address.as_bytes().to_vec(),
-        TaskApi::V3 => {
-            serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"}).to_string().into_bytes()
-        }
+        TaskApi::V3 => serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"})
+            .to_string()
+            .into_bytes(),
     }
 }
 
@@ -183,7 +179,8 @@ fn spawn_server(opts: &StartOpts, listener: &UnixListener) -> Result<()> {
     unsafe {
         command.pre_exec(move || {
             // dup2 onto itself would leave the close-on-exec flag as it is.
-            let done = if fd == LISTEN_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LISTEN_FD) };
+            let done =
+                if fd == LISTEN_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, LISTEN_FD) };
             if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
         });
     }
@@ -205,7 +202,8 @@ fn share_core_scheduling() -> Result<()> {
     const CREATE: libc::c_ulong = 1;
     const PROCESS_GROUP: libc::c_ulong = 2;
     // SAFETY: plain call.
-    let done = unsafe { libc::prctl(PR_SCHED_CORE, CREATE, 0 as libc::c_ulong, PROCESS_GROUP, 0 as libc::c_ulong) };
+    let done =
+        unsafe { libc::prctl(PR_SCHED_CORE, CREATE, 0 as libc::c_ulong, PROCESS_GROUP, 0 as libc::c_ulong) };
     if done < 0 {
         return Err(io::Error::last_os_error()).context("enable sched core support");
     }
@@ -248,6 +246,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
         Ok(o) => eprintln!("failed to remove runc container: {}", String::from_utf8_lossy(&o.stderr).trim()),
         Err(e) => eprintln!("failed to remove runc container: {e}"),
     }
+    remains::clear(&runc::root(&options, &flags.namespace), &flags.id, &bundle);
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }
@@ -358,7 +357,8 @@ mod tests {
     #[test]
     fn the_answer_fits_the_caller() {
         assert_eq!(legacy_answer(TaskApi::V2, "unix:///s"), b"unix:///s");
-        let json: serde_json::Value = serde_json::from_slice(&legacy_answer(TaskApi::V3, "unix:///s")).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&legacy_answer(TaskApi::V3, "unix:///s")).unwrap();
         assert_eq!((json["version"].as_i64(), json["address"].as_str()), (Some(3), Some("unix:///s")));
     }
 

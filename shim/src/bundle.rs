@@ -83,9 +83,13 @@ pub fn must_kill_all(bundle: &Path) -> bool {
         #[serde(default)]
         path: String,
     }
-    let spec = fs::read(bundle.join("config.json")).ok().and_then(|j| serde_json::from_slice::<Spec>(&j).ok());
+    let spec =
+        fs::read(bundle.join("config.json")).ok().and_then(|j| serde_json::from_slice::<Spec>(&j).ok());
     let Some(spec) = spec else {
-        log::error!("cannot read config.json in {} to see whether the pid namespace is private", bundle.display());
+        log::error!(
+            "cannot read config.json in {} to see whether the pid namespace is private",
+            bundle.display()
+        );
         return true;
     };
     let namespaces = spec.linux.and_then(|l| l.namespaces).unwrap_or_default();
@@ -109,7 +113,9 @@ mod tests {
 
     #[test]
     fn the_annotation_is_added_once() {
-        for config in [r#"{"process":{"args":["a"]}}"#, r#"{"annotations":null}"#, r#"{"annotations":{"a":"b"}}"#] {
+        for config in
+            [r#"{"process":{"args":["a"]}}"#, r#"{"annotations":null}"#, r#"{"annotations":{"a":"b"}}"#]
+        {
             let dir = bundle(config);
             let path = prepare_criu_config(dir.path()).unwrap();
             assert_eq!(path, dir.path().join("criu.conf"));
@@ -132,7 +138,8 @@ mod tests {
 
     #[test]
     fn large_numbers_survive() {
-        let dir = bundle(r#"{"linux":{"seccomp":{"args":[18446744073709551615,-9223372036854775808,0.25]}}}"#);
+        let dir =
+            bundle(r#"{"linux":{"seccomp":{"args":[18446744073709551615,-9223372036854775808,0.25]}}}"#);
         prepare_criu_config(dir.path()).unwrap();
         let text = fs::read_to_string(dir.path().join("config.json")).unwrap();
         assert!(text.contains("[18446744073709551615,-9223372036854775808,0.25]"), "{text}");

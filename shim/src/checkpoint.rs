@@ -9,9 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
-use containerd_shim_protos::{
-    events::task::TaskCheckpointed, protobuf::well_known_types::any::Any, topics,
-};
+use containerd_shim_protos::{events::task::TaskCheckpointed, protobuf::well_known_types::any::Any, topics};
 
 use crate::{
     container::{Container, Origin},

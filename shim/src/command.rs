@@ -37,8 +37,10 @@ pub async fn capture(
 ) -> Result<Finished> {
     let reaper = reaper.clone();
     on_runtime(async move {
-        let (out_read, out_write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe")?;
-        let (err_read, err_write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe")?;
+        let (out_read, out_write) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe")?;
+        let (err_read, err_write) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("make a pipe")?;
         let stdout = reader(out_read)?;
         let stderr = reader(err_read)?;
         command.stdin(stdin.map_or_else(Stdio::null, Stdio::from)).stdout(out_write).stderr(err_write);

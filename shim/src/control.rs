@@ -25,6 +25,7 @@ impl Container {
         // A migration may have begun while this waited.
         self.refuse_while_moving()?;
         self.init.check(Op::Kill)?;
+        self.announce_before_kill();
         self.runc.kill(&self.id, signal, all).await.map_err(|e| kill_error(&e))
     }
 

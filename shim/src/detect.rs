@@ -113,7 +113,13 @@ mod tests {
             s
         };
         let mut file = tempfile::NamedTempFile::new().unwrap();
-        let parts = [header, info.to_vec(), names.to_vec(), section(1, info_at, info.len()), section(15, names_at, names.len())];
+        let parts = [
+            header,
+            info.to_vec(),
+            names.to_vec(),
+            section(1, info_at, info.len()),
+            section(15, names_at, names.len()),
+        ];
         file.write_all(&parts.concat()).unwrap();
         file
     }

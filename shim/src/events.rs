@@ -32,8 +32,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-pub use containerd_shim_protos::topics;
-
 /// Events that are kept while containerd is away; then the oldest go.
 const QUEUE: usize = 2048;
 /// How often an event is tried again.
@@ -72,7 +70,8 @@ impl Publisher {
         Publisher { queue, namespace: namespace.to_string() }
     }
 
-    /// Queues an event, one of containerd's task events (`containerd.events.*`). Never waits.
+    /// Queues an event, one of containerd's task events (`containerd.events.*`), under a topic of
+    /// [`containerd_shim_protos::topics`]. Never waits.
     pub fn publish<M: Message>(&self, topic: &str, event: M) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
@@ -207,12 +206,15 @@ mod tests {
         api::Empty,
         events::task::{TaskExit, TaskStart},
         shim_async::{Events, create_events},
+        topics,
         ttrpc::{
             r#async::TtrpcContext,
             asynchronous::{Server, transport::Listener},
         },
     };
     use tokio::sync::mpsc;
+
+    use containerd_shim_protos::topics;
 
     use super::*;
 

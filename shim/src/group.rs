@@ -39,7 +39,9 @@ mod tests {
         assert_eq!(group(r#"{"annotations":null}"#), "me");
         assert_eq!(group(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#), "pod");
         assert_eq!(
-            group(r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod","io.containerd.runc.v2.group":"g"}}"#),
+            group(
+                r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod","io.containerd.runc.v2.group":"g"}}"#
+            ),
             "g"
         );
     }

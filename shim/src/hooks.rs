@@ -15,8 +15,10 @@ pub trait Hooks: Send + Sync {
 }
 
 /// No hooks: what a shim without migrations has, and what unit tests use.
+#[cfg(test)]
 pub struct NoHooks;
 
+#[cfg(test)]
 impl Hooks for NoHooks {
     fn created(&self, _: &Arc<Container>) {}
     fn deleted(&self, _: &Arc<Container>) {}

@@ -61,7 +61,10 @@ pub async fn create(
         None if request.checkpoint.is_empty() => (Origin::Fresh, State::Created),
         None => {
             let image = PathBuf::from(&request.checkpoint);
-            (Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() }, State::CreatedCheckpoint)
+            (
+                Origin::Checkpoint { image, parent: request.parent_checkpoint.clone() },
+                State::CreatedCheckpoint,
+            )
         }
     };
     let stdio = StdioConfig {
@@ -125,10 +128,7 @@ impl Container {
     /// to life this is the announcement only.
     pub async fn start(self: &Arc<Self>) -> TaskResult<u32> {
         let _op = self.init.op.lock().await;
-        let arrived = matches!(self.origin, Origin::Incoming { .. })
-            && self.init.pid() != 0
-            && !*self.started.borrow();
-        if !arrived {
+        if !self.arrived_unannounced() {
             self.init.check(Op::Start)?;
             if self.init.state() == State::CreatedCheckpoint {
                 let watch = self.restore_checkpoint().await?;
@@ -139,11 +139,28 @@ impl Container {
             }
             self.init.set_state(State::Running);
         }
-        let pid = self.init.pid();
-        let event = TaskStart { container_id: self.id.clone(), pid, ..Default::default() };
+        self.announce_start();
+        Ok(self.init.pid())
+    }
+
+    fn announce_start(&self) {
+        let event = TaskStart { container_id: self.id.clone(), pid: self.init.pid(), ..Default::default() };
         self.shared.publish(topics::TASK_START_EVENT_TOPIC, event);
         self.started.send_replace(true);
-        Ok(pid)
+    }
+
+    /// A migration has brought it to life, and containerd has not called Start yet.
+    fn arrived_unannounced(&self) -> bool {
+        let incoming = matches!(self.origin, Origin::Incoming { .. });
+        incoming && self.init.pid() != 0 && !*self.started.borrow()
+    }
+
+    /// Somebody ends an arrived container for which Start was never called (the agent died in between): its exit, which is held
+    /// back until the start is announced, must get out.
+    pub(crate) fn announce_before_kill(&self) {
+        if self.arrived_unannounced() {
+            self.announce_start();
+        }
     }
 
     /// The arrival of a migration: our own `runc restore` ([`crate::runc::Runc::restore`]) has made `pid`, whose stdio is `io`. The
@@ -160,16 +177,6 @@ impl Container {
         self.init.set_state(State::Running);
         self.follow(self.shared.reaper.watch(pid as i32, since));
         Ok(())
-    }
-
-    /// The migration gave up after all: an adopted container whose tasks have not run is an incoming one again, so that Delete
-    /// cleans it up or another restore can be tried. The caller has ended the tasks (CRIU does when the gate refuses). Nothing happens
-    /// when the container was not adopted.
-    pub fn disown(&self) {
-        if matches!(self.origin, Origin::Incoming { .. }) && !*self.started.borrow() {
-            self.init.set_pid(0);
-            self.init.set_state(State::Incoming);
-        }
     }
 
     /// Watches init's exit and the container's OOM kills.

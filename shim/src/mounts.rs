@@ -40,7 +40,9 @@ pub async fn mount_all(mounts: &[Mount], rootfs: &Path) -> Result<()> {
 /// Unmounts everything at and below `rootfs`. Nothing mounted is fine.
 pub async fn unmount_all(rootfs: &Path) -> Result<()> {
     let root = rootfs.to_path_buf();
-    tokio::task::spawn_blocking(move || unmount_now(&root)).await.context("the unmounting thread has ended early")?
+    tokio::task::spawn_blocking(move || unmount_now(&root))
+        .await
+        .context("the unmounting thread has ended early")?
 }
 
 /// [`unmount_all`] for a process without a runtime.

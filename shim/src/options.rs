@@ -262,7 +262,11 @@ mod tests {
     #[test]
     fn bad_options_are_invalid_arguments() {
         let garbage = field(3, b"= nonsense");
-        for a in [any("runtimeoptions.v1.Options", garbage), any("some.Thing", vec![]), any("containerd.runc.v1.Options", vec![0xff])] {
+        for a in [
+            any("runtimeoptions.v1.Options", garbage),
+            any("some.Thing", vec![]),
+            any("containerd.runc.v1.Options", vec![0xff]),
+        ] {
             assert_eq!(runtime_options(Some(&a)).unwrap_err().code(), Code::INVALID_ARGUMENT);
         }
     }

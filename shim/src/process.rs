@@ -117,6 +117,10 @@ impl Process {
                 inner.state = State::Stopped;
             }
         }
+        // a client waits for the end of a terminal's output before it asks for the delete
+        if let Some(io) = self.io() {
+            io.process_exited();
+        }
         self.exit.send_replace(Some(Exited { status: exit.status, at: Some(exit.at) }));
     }
 
@@ -180,7 +184,8 @@ impl Process {
 /// A time as the API carries it; Go's zero time for none.
 pub fn timestamp(at: Option<SystemTime>) -> Timestamp {
     let since = at.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
-    let (seconds, nanos) = since.map_or((GO_ZERO_SECONDS, 0), |d| (d.as_secs() as i64, d.subsec_nanos() as i32));
+    let (seconds, nanos) =
+        since.map_or((GO_ZERO_SECONDS, 0), |d| (d.as_secs() as i64, d.subsec_nanos() as i32));
     Timestamp { seconds, nanos, ..Default::default() }
 }
 
@@ -201,7 +206,14 @@ mod tests {
     #[tokio::test]
     async fn many_waiters_see_one_exit_also_afterwards() {
         let p = process();
-        let waiters: Vec<_> = (0..3).map(|_| tokio::spawn({ let p = p.clone(); async move { p.wait().await } })).collect();
+        let waiters: Vec<_> = (0..3)
+            .map(|_| {
+                tokio::spawn({
+                    let p = p.clone();
+                    async move { p.wait().await }
+                })
+            })
+            .collect();
         tokio::task::yield_now().await;
         p.set_exited(&Exit { pid: 1, status: 4, at: SystemTime::now() });
         for w in waiters {

@@ -106,9 +106,8 @@ impl Reaper {
         let (tx, rx) = oneshot::channel();
         // The lock is held over the spawn, so that the child's exit cannot be dispatched before its watcher is in the table.
         let mut inner = self.inner();
-        let child = command
-            .spawn()
-            .with_context(|| format!("run {}", command.get_program().to_string_lossy()))?;
+        let child =
+            command.spawn().with_context(|| format!("run {}", command.get_program().to_string_lossy()))?;
         let pid = child.id() as i32;
         inner.watched.entry(pid).or_default().push(tx);
         Ok((pid, ExitWatch(rx)))

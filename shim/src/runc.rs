@@ -138,15 +138,6 @@ pub struct RestoreArgs {
     pub deadline: Option<Duration>,
 }
 
-/// What `runc state` says.
-#[derive(Debug, Clone, Deserialize)]
-pub struct RuncState {
-    /// The init's pid; 0 when stopped.
-    pub pid: i32,
-    /// created, running, paused, stopped.
-    pub status: String,
-}
-
 /// The driver for one container's bundle. Cheap to clone.
 #[derive(Clone)]
 pub struct Runc {
@@ -272,14 +263,6 @@ impl Runc {
         Ok(pids.unwrap_or_default())
     }
 
-    /// `runc state`.
-    pub async fn state(&self, id: &str) -> Result<RuncState> {
-        let mut c = self.command("state");
-        c.arg(id);
-        let done = self.run(c, None).await?;
-        serde_json::from_slice(&done.stdout).context("read runc state")
-    }
-
     /// `runc checkpoint`.
     pub async fn checkpoint(&self, id: &str, args: &CheckpointArgs) -> Result<()> {
         let mut c = self.command("checkpoint");
@@ -351,12 +334,7 @@ impl Runc {
         Err(self.error(done.status, output, log_start))
     }
 
-    async fn hand_over(
-        &self,
-        command: Command,
-        stdio: ChildStdio,
-        deadline: Option<Duration>,
-    ) -> Result<()> {
+    async fn hand_over(&self, command: Command, stdio: ChildStdio, deadline: Option<Duration>) -> Result<()> {
         let log_start = file_size(&self.log());
         match command::hand_over(&self.reaper, command, stdio, deadline).await? {
             0 => Ok(()),
@@ -419,8 +397,7 @@ fn last_logged_error(log: &Path, start: u64) -> Option<String> {
     file.take(1 << 20).read_to_string(&mut text).ok()?;
     text.lines()
         .filter_map(|l| serde_json::from_str::<Line>(l).ok())
-        .filter(|l| l.level == "error" || l.level == "fatal")
-        .next_back()
+        .rfind(|l| l.level == "error" || l.level == "fatal")
         .map(|l| l.msg.trim().to_string())
 }
 
@@ -435,7 +412,9 @@ mod tests {
         let old = "{\"level\":\"error\",\"msg\":\"old\",\"time\":\"t\"}\n";
         fs::write(&log, old).unwrap();
         assert_eq!(last_logged_error(&log, old.len() as u64), None);
-        let new = format!("{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n");
+        let new = format!(
+            "{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n"
+        );
         fs::write(&log, new).unwrap();
         assert_eq!(last_logged_error(&log, old.len() as u64).as_deref(), Some("new"));
     }
@@ -455,7 +434,10 @@ mod tests {
     #[test]
     fn options_choose_program_and_root() {
         let mut options = RuncOptions::default();
-        assert_eq!((binary(&options), root(&options, "k8s.io")), ("runc", PathBuf::from("/run/containerd/runc/k8s.io")));
+        assert_eq!(
+            (binary(&options), root(&options, "k8s.io")),
+            ("runc", PathBuf::from("/run/containerd/runc/k8s.io"))
+        );
         options.binary_name = "/usr/bin/crun".into();
         options.root = "/run/x".into();
         assert_eq!((binary(&options), root(&options, "a")), ("/usr/bin/crun", PathBuf::from("/run/x/a")));

@@ -27,7 +27,8 @@ use tokio::{
 };
 
 use crate::{
-    bootstrap::LISTEN_FD, container::Shared, events::Publisher, hooks::Hooks, reaper::Reaper, service::Service,
+    bootstrap::LISTEN_FD, container::Shared, events::Publisher, hooks::Hooks, reaper::Reaper,
+    service::Service,
 };
 
 /// Time for the answer to a Shutdown call to leave before the process ends.
@@ -69,8 +70,12 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
     let reaper = Reaper::start()?;
     let address = env::var("TTRPC_ADDRESS").context("TTRPC_ADDRESS is not set")?;
     let events = Arc::new(Publisher::new(&address, &flags.namespace));
-    let shared =
-        Shared { namespace: flags.namespace.clone(), reaper, events: events.clone(), runtime: Handle::current() };
+    let shared = Shared {
+        namespace: flags.namespace.clone(),
+        reaper,
+        events: events.clone(),
+        runtime: Handle::current(),
+    };
     let service = Service::new(shared, hooks);
 
     let mut server = Server::new().add_listener(listener.try_into().context("listen")?);
@@ -108,7 +113,10 @@ fn services(service: Arc<dyn Task + Send + Sync>) -> Vec<(String, Methods)> {
 fn inherited_listener() -> Result<UnixListener> {
     // SAFETY: plain call; it fails for a descriptor that is not open.
     let flags = unsafe { libc::fcntl(LISTEN_FD, libc::F_GETFD) };
-    anyhow::ensure!(flags >= 0, "no socket inherited on descriptor {LISTEN_FD}: containerd starts this program with `start`");
+    anyhow::ensure!(
+        flags >= 0,
+        "no socket inherited on descriptor {LISTEN_FD}: containerd starts this program with `start`"
+    );
     // SAFETY: as above; our children (runc) must not inherit it in their turn.
     unsafe { libc::fcntl(LISTEN_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
     // SAFETY: open, and nobody else in this process owns it.

@@ -169,7 +169,11 @@ impl Task for Service {
     async fn start(&self, _: &TtrpcContext, r: api::StartRequest) -> Reply<api::StartResponse> {
         let container = self.container(&r.id)?;
         let work = async move {
-            if r.exec_id.is_empty() { container.start().await } else { container.start_exec(&r.exec_id).await }
+            if r.exec_id.is_empty() {
+                container.start().await
+            } else {
+                container.start_exec(&r.exec_id).await
+            }
         };
         let pid = to_the_end(work).await?;
         Ok(api::StartResponse { pid, ..Default::default() })

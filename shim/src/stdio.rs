@@ -65,7 +65,11 @@ impl Container {
     }
 
     /// After runc has returned: takes the pty that it has sent.
-    pub(crate) async fn attach_console(&self, process: &Process, console: Option<ConsoleSocket>) -> Result<()> {
+    pub(crate) async fn attach_console(
+        &self,
+        process: &Process,
+        console: Option<ConsoleSocket>,
+    ) -> Result<()> {
         match (console, process.io()) {
             (Some(console), Some(io)) => {
                 io.attach_console(console).await.context("failed to retrieve console master")

@@ -304,12 +304,7 @@ pub async fn follow(
             why = watch => {
                 log::warn!("{namespace}/{id}: {why}; aborting unless it is committed");
                 let (namespace, id) = (namespace.to_string(), id.to_string());
-                abort = Some(tokio::spawn(async move {
-                    match control::client::call(&namespace, &id, control::Request::Abort, Vec::new()).await {
-                        Ok(mut answer) => while answer.recv().await.is_some() {},
-                        Err(error) => log::warn!("aborting {namespace}/{id}: {error:#}"),
-                    }
-                }));
+                abort = Some(tokio::spawn(async move { control::client::abort(&namespace, &id).await }));
             }
         }
     }

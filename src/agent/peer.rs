@@ -130,6 +130,10 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpStream> {
 
 /// An error about certificates as such; anything else as its text.
 fn untrusted(error: &anyhow::Error, to: &str) -> Result<ErrorReport, String> {
+    if tls_in(error, |e| matches!(e, rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)).then_some(())).is_some() {
+        let message = format!("{to}: it speaks another protocol than this node's {VERSIONS:?}");
+        return Ok(ErrorReport::new(ExitCode::Refused, message).advice("install the same version of transship on both nodes"));
+    }
     match trust_in(error) {
         Some(problem) => Ok(ErrorReport::new(ExitCode::Untrusted, format!("{to}: {problem}")).advice(
             "make both nodes' certificates with the same CA (transship cert node), naming every address",
@@ -140,10 +144,15 @@ fn untrusted(error: &anyhow::Error, to: &str) -> Result<ErrorReport, String> {
 
 /// What an error says about trust, if a TLS error about it is among its causes.
 pub fn trust_in(error: &anyhow::Error) -> Option<String> {
+    tls_in(error, trust_problem)
+}
+
+/// What `look` finds in a TLS error among an error's causes.
+fn tls_in<T>(error: &anyhow::Error, look: impl Fn(&rustls::Error) -> Option<T>) -> Option<T> {
     error.chain().find_map(|cause| {
         let inner = cause.downcast_ref::<std::io::Error>().and_then(|e| e.get_ref());
         let tls = inner.and_then(|e| e.downcast_ref::<rustls::Error>());
-        tls.or_else(|| cause.downcast_ref()).and_then(trust_problem)
+        tls.or_else(|| cause.downcast_ref()).and_then(&look)
     })
 }
 

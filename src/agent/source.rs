@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     control::{self, SendRequest},
-    migrate::protocol::Failure,
+    migrate::{fault, protocol::Failure},
 };
 
 /// How long the killed task of a container that has left may take to end.
@@ -60,7 +60,12 @@ pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Repo
 
 async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporter) -> Outcome<Report> {
     reporter.phase("preflight");
-    let mut subject = examine(agent, request).await?;
+    let mut subject = examine(agent, request).await.map_err(|mut error| {
+        if error.state.is_empty() {
+            error.state = format!("nothing was changed on {}, and no other node was asked", agent.node);
+        }
+        error
+    })?;
     let unchanged = match subject.offer.cold {
         true => format!(
             "{} is on {} as before; nothing was left on the other node",
@@ -238,6 +243,7 @@ async fn send(
 ) -> Outcome<Option<Started>> {
     let peer = report.to.clone();
     let start = async {
+        tokio::task::spawn_blocking(|| fault::point("dial")).await.context("a thread")?;
         let connection = peer::tcp(address).await?.into_std()?;
         // the shim's threads read and write blocking
         connection.set_nonblocking(false)?;
@@ -261,7 +267,13 @@ async fn send(
         }
     };
     let (mut there, mut early) = (None, None);
+    let mut abort: Option<tokio::task::JoinHandle<()>> = None;
     loop {
+        // whoever prepared the container there is gone: nobody would tell its containerd that it runs
+        if let (Some(Err(_)), None, None) = (&there, &early, &abort) {
+            let (namespace, id) = (request.namespace.clone(), subject.record.id.clone());
+            abort = Some(tokio::spawn(async move { control::client::abort(&namespace, &id).await }));
+        }
         let event = tokio::select! {
             event = events.recv() => event,
             // what goes wrong there reaches the shim too; kept for the words
@@ -331,6 +343,8 @@ async fn failed_here(
     peer: &str,
     subject: &Subject,
 ) -> ErrorReport {
+    // lost first: that is why this node's shim was asked to give up, or what it met itself
+    let lost_first = there.as_ref().and_then(|heard| heard.as_ref().err()).map(|gone| lost(peer, gone));
     let there = match there {
         Some(heard) => heard,
         None => {
@@ -344,7 +358,8 @@ async fn failed_here(
             }
         }
     };
-    let mut error = ErrorReport::new(code_of(&failure), failure.message).advice(failure.advice);
+    let mut error = lost_first
+        .unwrap_or_else(|| ErrorReport::new(code_of(&failure), &failure.message).advice(&failure.advice));
     error.phase = failure.phase;
     error.node = failure.node;
     let id = &subject.record.id;

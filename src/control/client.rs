@@ -54,3 +54,11 @@ pub async fn inspect(namespace: &str, id: &str) -> Result<Inspected> {
         other => bail!("the shim of {namespace}/{id} answered {other:?}"),
     }
 }
+
+/// Has the shim give up the migration that runs, unless it is committed; returns once that is decided.
+pub async fn abort(namespace: &str, id: &str) {
+    match call(namespace, id, Request::Abort, Vec::new()).await {
+        Ok(mut answer) => while answer.recv().await.is_some() {},
+        Err(error) => log::warn!("aborting {namespace}/{id}: {error:#}"),
+    }
+}

@@ -57,7 +57,7 @@ pub fn open(file: &mut File) -> Result<Manifest> {
     let is_ours = file.read_exact(&mut magic).is_ok() && &magic == MAGIC;
     ensure!(is_ours, "this is not a transship checkpoint file");
     let mut wire = resume(file.try_clone()?);
-    ensure!(wire.next()? == Kind::Manifest, "the checkpoint file does not begin with its manifest");
+    ensure!(wire.recv()? == Kind::Manifest, "the checkpoint file does not begin with its manifest");
     let manifest: Manifest = wire.message()?;
     if !(OLDEST..=VERSION).contains(&manifest.version) {
         bail!(
@@ -85,7 +85,7 @@ pub fn verify(file: &mut File) -> Result<(Manifest, Final)> {
     let totals = loop {
         let at = start + wire.bytes().1;
         let damaged = || format!("the checkpoint file is damaged or truncated (at byte {at})");
-        let kind = wire.next().with_context(damaged)?;
+        let kind = wire.recv().with_context(damaged)?;
         if kind == Kind::Final {
             break wire.message::<Final>().with_context(damaged)?;
         }
@@ -134,7 +134,7 @@ mod tests {
         let mut f = tempfile::tempfile().unwrap();
         f.write_all(&bytes).unwrap();
         open(&mut f).unwrap();
-        assert_eq!(resume(f).next().unwrap(), Kind::File);
+        assert_eq!(resume(f).recv().unwrap(), Kind::File);
     }
 
     #[test]

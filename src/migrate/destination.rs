@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::fault;
 use super::protocol::{
     ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
 };
@@ -28,7 +29,7 @@ use super::wire::{FrameSink, Wire};
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::{net, tls};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
@@ -173,6 +174,7 @@ fn take(
         Peer::Waits => (wire.expect::<Manifest>(Kind::Manifest)?, true),
         Peer::File(manifest) => (manifest, false),
     };
+    fault::point("receive");
     let (carry, totals) =
         receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
 
@@ -184,9 +186,12 @@ fn take(
     phase(clock, "runc restore");
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;
     wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
+    fault::point("restoring");
     phase(clock, "criu restore");
+    let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
     wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
+    drop(times);
 
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
@@ -197,11 +202,16 @@ fn take(
         _ => net::Kick::default(),
     };
     if waits {
+        fault::point("held");
         phase(clock, "commit");
         wire.json(Kind::Restored, &Restored::default())?;
         wire.expect::<Commit>(Kind::Commit).context("waiting for the source's commit")?;
+        fault::point("committed");
+        // asked to give up in between: too late, the source will not run it again
+        abort.commit();
+    } else {
+        ensure!(abort.commit(), "the migration was given up by request");
     }
-    ensure!(abort.commit(), "the migration was given up by request");
     phase(clock, "resume");
     // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
     if let Some(ns) = &netns {
@@ -250,7 +260,7 @@ fn receive_state(
     let mut receiver = Receiver::new(images, layer, memory_cap)?;
     let mut shown = 0;
     loop {
-        match wire.next()? {
+        match wire.recv()? {
             Kind::Final => {
                 let totals = wire.message::<Final>()?;
                 return Ok((receiver.finish(&totals)?, totals));
@@ -299,7 +309,8 @@ fn wait_for_runc(wire: &mut Wire, task: &mut dyn DestinationTask, waits: bool) -
         }
         std::thread::sleep(Duration::from_millis(1));
         if waits {
-            wire.alive()?;
+            // the tasks run: a connection that is lost now undoes nothing any more
+            wire.alive().ok();
         }
     }
 }

@@ -25,6 +25,7 @@
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
 //! | [`destination`] | receive, restore behind the gates, run, or undo |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
+//! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`] | phases, durations, bytes |
 //!
@@ -35,6 +36,7 @@ pub mod abort;
 pub mod archive;
 pub mod codec;
 pub mod destination;
+pub mod fault;
 pub mod protocol;
 pub mod report;
 pub mod source;

@@ -20,6 +20,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
 };
@@ -31,7 +32,7 @@ use crate::control::{Event, Limits};
 use crate::criu::options::{Facts, dump_options};
 use crate::criu::{self, Criu, DumpRequest};
 use crate::net;
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 
 /// What the source needs of the shim's container.
 pub trait SourceTask: Send {
@@ -108,12 +109,12 @@ impl Still {
         unfenced.context("lifting the fence (the container runs, its network is still fenced)")
     }
 
-    fn gone(mut self) -> Result<()> {
+    /// Kills the frozen tasks; not a packet of theirs gets out. The fence stays: where the container lives on under the same
+    /// addresses, nothing here may answer for them until the agent removes the netns.
+    fn gone(&mut self) -> Result<()> {
         self.armed = false;
-        let killed = self.task.kill();
-        // a netns that others share stays: no rule of ours may be left in it
-        net::unfence(self.netns.as_fd()).ok();
-        killed.context("killing the frozen copy after the move")
+        net::silence(self.freezer.pids().unwrap_or_default());
+        self.task.kill().context("killing the frozen copy")
     }
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
@@ -162,10 +163,11 @@ pub fn send(
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
+    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
     phase(&mut clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
+    fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
@@ -217,6 +219,8 @@ pub fn checkpoint(
         clock.phase("sync");
         wire.close().context("writing the checkpoint to disk")?;
         still.gone()?;
+        // nobody else has these addresses: the netns is its owner's again
+        net::unfence(still.netns.as_fd()).context("lifting the fence")?;
     } else {
         still.roll_back()?;
         clock.phase("sync");
@@ -234,6 +238,7 @@ struct Prepared {
     netns: OwnedFd,
     dir: ImagesDir,
     layer: WritableLayer,
+    rootfs: PathBuf,
     opts: criu::rpc::CriuOpts,
     descriptors: [String; 3],
 }
@@ -258,7 +263,16 @@ impl Prepared {
         };
         let opts = dump_options(&spec, &facts, &limits).context("preparing CRIU's dump")?;
         let descriptors = criu::stdio::descriptors(Some(&task.runc_state()), pid)?;
-        Ok(Prepared { criu, freezer, netns, dir, layer: task.layer()?, opts, descriptors })
+        Ok(Prepared {
+            criu,
+            freezer,
+            netns,
+            dir,
+            layer: task.layer()?,
+            rootfs: task.rootfs(),
+            opts,
+            descriptors,
+        })
     }
 
     fn manifest(&self, task: &dyn SourceTask, container: Value) -> Manifest {
@@ -285,7 +299,7 @@ fn freeze_and_stream(
     clock: &mut Clock,
     events: &dyn Fn(Event),
 ) -> Result<(Still, Report)> {
-    let Prepared { criu, freezer, netns, dir, layer, opts, descriptors } = prepared;
+    let Prepared { criu, freezer, netns, dir, layer, rootfs, opts, descriptors } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| {
         clock.borrow_mut().phase(name);
@@ -295,17 +309,20 @@ fn freeze_and_stream(
     go_on()?;
     phase("freeze");
     let (still, carry) = Still::enter(task, freezer, netns)?;
+    fault::point("frozen");
     let processes = still.freezer.pids().map(|p| p.len()).unwrap_or(0);
     wire.json(Kind::Frozen, &Frozen { processes })?;
     wire.flush()?;
 
     phase("dump");
     let (images, work) = (dir.0.join(IMAGES), dir.0.join(WORK));
+    let times = KeptTimes::of(&rootfs);
     let shown = Cell::new(0);
     let sender = RefCell::new(Sender::new(wire));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
         phase("layer");
+        times.put_back();
         sender.borrow_mut().layer(&layer)?;
         phase("dump end");
         Ok(())
@@ -328,8 +345,9 @@ fn freeze_and_stream(
         }
         go_on()
     });
+    drop(times);
     let mut sender = sender.into_inner();
-    let streamed = dumped.inspect_err(|_| keep_log(&work, options)).and_then(|_| {
+    let streamed = dumped.map_err(|e| keep_log(e, &work, options)).and_then(|_| {
         phase("files");
         sender.files(&images)?;
         sender.stdio(&carry)
@@ -345,12 +363,18 @@ fn freeze_and_stream(
     Ok((still, report))
 }
 
-/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it.
-fn keep_log(work: &Path, options: &Options) {
+/// CRIU's log outlives the images: whoever reads the error, which then names the kept one, wants to see the rest of it.
+fn keep_log(mut error: anyhow::Error, work: &Path, options: &Options) -> anyhow::Error {
     let to = options.limits.images_dir.join(format!("{}-dump.log", options.migration_id));
-    if let Err(e) = std::fs::copy(work.join(criu::dump::LOG_FILE), &to) {
-        log::debug!("keeping CRIU's log as {}: {e}", to.display());
+    match (
+        std::fs::copy(work.join(criu::dump::LOG_FILE), &to),
+        error.downcast_mut::<criu::dump::DumpFailed>(),
+    ) {
+        (Ok(_), Some(failed)) => failed.log = to.display().to_string(),
+        (Ok(_), None) => {}
+        (Err(e), _) => log::debug!("keeping CRIU's log as {}: {e}", to.display()),
     }
+    error
 }
 
 /// A directory for images that goes away with its owner.

@@ -128,7 +128,7 @@ impl Wire {
     ///
     /// # Errors
     /// The peer was silent too long, the connection broke, or the bytes are no frame.
-    pub fn next(&mut self) -> Result<Kind> {
+    pub fn recv(&mut self) -> Result<Kind> {
         self.flush()?;
         loop {
             let kind = codec::read(self.io.get_mut(), &mut self.payload).map_err(|e| match e {
@@ -143,7 +143,7 @@ impl Wire {
         }
     }
 
-    /// The payload of the frame that [`Wire::next`] returned last.
+    /// The payload of the frame that [`Wire::recv`] returned last.
     pub fn payload(&self) -> &[u8] {
         &self.payload
     }
@@ -155,7 +155,7 @@ impl Wire {
 
     /// Waits for a frame of this kind; a [`Failure`] of the peer becomes this call's error.
     pub fn expect<M: DeserializeOwned>(&mut self, kind: Kind) -> Result<M> {
-        match self.next()? {
+        match self.recv()? {
             k if k == kind => self.message(),
             Kind::Failed => Err(self.message::<Failure>()?.into()),
             k => bail!("the peer sent {k:?} where {kind:?} was due"),

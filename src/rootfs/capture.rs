@@ -78,11 +78,14 @@ struct Frame {
 impl Walk<'_> {
     fn tree(&mut self, root: OwnedFd) -> Result<()> {
         let mut frames = vec![self.directory(root.as_fd(), Vec::new())?];
-        while let Some(frame) = frames.last_mut() {
+        loop {
+            let depth = frames.len();
+            let Some(frame) = frames.last_mut() else { break };
             let Some(name) = frame.names.next() else {
                 frames.pop();
                 continue;
             };
+            ensure!(depth <= MAX_DEPTH, "names nested deeper than {MAX_DEPTH} levels");
             let mut path = frame.path.clone();
             if !path.is_empty() {
                 path.push(b'/');
@@ -93,7 +96,6 @@ impl Walk<'_> {
                 .node(frame.dir.as_fd(), name.to_bytes(), &path)
                 .with_context(|| format!("\"{}\"", path.escape_ascii()))?;
             if let Some(node) = below {
-                ensure!(frames.len() < MAX_DEPTH, "directories nested deeper than {MAX_DEPTH} levels");
                 let frame = self.directory(node.as_fd(), path.clone());
                 frames.push(frame.with_context(|| format!("\"{}\"", path.escape_ascii()))?);
             }

@@ -252,7 +252,25 @@ fn layers_that_are_not_whole_are_refused() {
     assert!(error.contains("\"f\": cannot be moved") && error.contains("metacopy=on"), "{error}");
 }
 
-/// Throughput, by hand: `cargo test --release -p transship --lib rootfs::tests::bench -- --ignored --nocapture`.
+#[test]
+fn nesting_has_a_limit() {
+    if skip() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let layer = |name: &str| WritableLayer { dir: dir.path().join(name), kind: LayerKind::Full };
+    let (from, to) = (layer("from"), layer("to"));
+    fs::create_dir_all(from.dir.join("d/".repeat(entry::MAX_DEPTH))).unwrap();
+    fs::create_dir(&to.dir).unwrap();
+    let stats = testing::move_layer(&from, &to).unwrap();
+    assert_eq!(stats.directories, 1 + entry::MAX_DEPTH as u64);
+    fs::create_dir(from.dir.join("d/".repeat(entry::MAX_DEPTH + 1))).unwrap();
+    let error = format!("{:#}", testing::move_layer(&from, &to).unwrap_err());
+    assert!(error.contains("deeper than 512 levels"), "{error}");
+}
+
+/// Throughput, by hand: `cargo test --release -p transship --lib rootfs::tests::bench -- --ignored --nocapture`, twice
+/// on a virtual machine: the first time it also measures how fast the host hands out fresh memory.
 #[test]
 #[ignore = "a measurement, not a check"]
 fn bench() {

@@ -208,11 +208,6 @@ impl Pump {
         // The sender lives in self: an error cannot happen.
         let _ = done.wait_for(|done| *done).await;
     }
-
-    /// Whether the stream has ended.
-    pub fn has_ended(&self) -> bool {
-        *self.done.borrow()
-    }
 }
 
 /// Waits until a write may succeed.

@@ -150,7 +150,10 @@ impl DestinationTask for Arriving {
             if ended.recv_timeout(Duration::from_secs(30)).is_err() {
                 log::error!("{}: runc restore does not end", c.id);
             }
-            runtime.block_on(c.runc.delete(&c.id, true)).unwrap_or_else(|e| log::debug!("runc delete: {e:#}"));
+            runtime
+                .block_on(c.runc.delete(&c.id, true))
+                .unwrap_or_else(|e| log::debug!("runc delete: {e:#}"));
+            crate::remains::clear(c.runc.root(), &c.id, &c.bundle);
         }
         if let Some(io) = self.io.take() {
             runtime.block_on(io.close());

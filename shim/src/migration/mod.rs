@@ -61,7 +61,10 @@ impl Slot {
     fn begin(&self, migration: MigrationState, abort: Abort) -> Result<(), String> {
         let mut state = self.state();
         if state.abort.is_some() || state.undecided.is_some() {
-            return Err(format!("another migration of this container is in progress ({:?})", state.migration));
+            return Err(format!(
+                "another migration of this container is in progress ({:?})",
+                state.migration
+            ));
         }
         (state.migration, state.abort) = (migration, Some(abort));
         Ok(())
@@ -145,7 +148,11 @@ async fn accept(listener: tokio::net::UnixListener, container: Arc<Container>, s
         let (container, slot) = (container.clone(), slot.clone());
         let name = format!("move-{}", &container.id[..container.id.len().min(8)]);
         let spawned = std::thread::Builder::new().name(name).spawn(move || {
-            if let Err(e) = stream.set_nonblocking(false).map_err(Into::into).and_then(|()| serve::serve(&stream, &container, &slot)) {
+            if let Err(e) = stream
+                .set_nonblocking(false)
+                .map_err(Into::into)
+                .and_then(|()| serve::serve(&stream, &container, &slot))
+            {
                 log::warn!("control request for {}: {e:#}", container.id);
             }
         });

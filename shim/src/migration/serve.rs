@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use transship::{
     control::{
-        CheckpointRequest, Decision, Event, Inspected, MigrationState, ReceiveRequest, Request, SendRequest, transport,
+        CheckpointRequest, Decision, Event, Inspected, MigrationState, ReceiveRequest, Request, SendRequest,
+        transport,
     },
     migrate::{
         abort::Abort,
@@ -54,7 +55,10 @@ pub fn serve(stream: &UnixStream, container: &Arc<Container>, slot: &Arc<Slot>) 
         Ok(None) => {} // undecided, and said so
         Err(e) => {
             log::warn!("{}: {e:#}", container.id);
-            say(Event::Failed { failure: failure_of(&e, "request", ""), state: status(container).to_owned() });
+            say(Event::Failed {
+                failure: failure_of(&e, "request", ""),
+                state: status(container).to_owned(),
+            });
         }
     }
     Ok(())
@@ -106,7 +110,9 @@ fn resolve(container: &Arc<Container>, slot: &Slot, decision: Decision) -> Resul
     match decision {
         Decision::Moved => {
             still.resolve(true)?;
-            let MigrationState::Undecided { migration_id, .. } = slot.migration() else { bail!("no longer undecided") };
+            let MigrationState::Undecided { migration_id, .. } = slot.migration() else {
+                bail!("no longer undecided")
+            };
             slot.set(MigrationState::Moved { migration_id });
         }
         Decision::Stay => {
@@ -127,7 +133,8 @@ fn send(
     let leaving = Leaving::begin(container)?;
     let abort = Abort::cutting(&tcp).context("the connection to the destination")?;
     let migration_id = request.migration_id.clone();
-    slot.begin(MigrationState::Sending { migration_id: migration_id.clone() }, abort.clone()).map_err(|e| anyhow!(e))?;
+    slot.begin(MigrationState::Sending { migration_id: migration_id.clone() }, abort.clone())
+        .map_err(|e| anyhow!(e))?;
     let options = Options {
         migration_id: migration_id.clone(),
         node: request.node.clone(),
@@ -169,10 +176,19 @@ fn checkpoint(
     let leaving = Leaving::begin(container)?;
     let abort = Abort::default();
     let migration_id = request.migration_id.clone();
-    slot.begin(MigrationState::Sending { migration_id: migration_id.clone() }, abort.clone()).map_err(|e| anyhow!(e))?;
+    slot.begin(MigrationState::Sending { migration_id: migration_id.clone() }, abort.clone())
+        .map_err(|e| anyhow!(e))?;
     let options = Options { migration_id, node: request.node.clone(), limits: request.limits };
     let result = archive::create(file).and_then(|mut wire| {
-        source::checkpoint(&mut wire, Box::new(leaving), &options, request.container, request.stop, &abort, say)
+        source::checkpoint(
+            &mut wire,
+            Box::new(leaving),
+            &options,
+            request.container,
+            request.stop,
+            &abort,
+            say,
+        )
     });
     slot.end(MigrationState::Idle);
     result.map(Some).map_err(|e| failure_of(&e, "checkpoint", &options.node).into())
@@ -212,7 +228,8 @@ fn arrive(
     work: impl FnOnce(&Abort) -> Result<Report>,
 ) -> Result<Option<Report>> {
     let migration_id = request.migration_id.clone();
-    slot.begin(MigrationState::Receiving { migration_id: migration_id.clone() }, abort.clone()).map_err(|e| anyhow!(e))?;
+    slot.begin(MigrationState::Receiving { migration_id: migration_id.clone() }, abort.clone())
+        .map_err(|e| anyhow!(e))?;
     match work(&abort) {
         Ok(report) => {
             slot.end(MigrationState::Arrived { migration_id });

@@ -115,7 +115,7 @@ impl Tree {
     }
 
     fn step(&mut self, rng: &mut Random) -> Result<()> {
-        match rng.below(24) {
+        match rng.below(27) {
             0..=4 => write(&self.new_path(rng), rng)?,
             5 | 6 => write(&self.some(rng, fs::Metadata::is_file)?, rng)?,
             7..=9 => fs::create_dir(self.new_path(rng))?,
@@ -139,6 +139,8 @@ impl Tree {
             }
             16 | 17 => fs::rename(self.some(rng, |_| true)?, self.new_path(rng))?,
             18 => fs::rename(self.some(rng, fs::Metadata::is_file)?, self.some(rng, fs::Metadata::is_file)?)?,
+            // With `redirect_dir` those of the image too.
+            22..=24 => fs::rename(self.some(rng, fs::Metadata::is_dir)?, self.new_path(rng))?,
             19 => {
                 let target = match rng.below(4) {
                     0 => PathBuf::from("/etc/passwd"),

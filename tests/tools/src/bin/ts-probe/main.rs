@@ -3,15 +3,21 @@
 //! Every one of them holds something that a migration has to carry, checks it over and over, and says so in lines of the form
 //! `NAME round=N wrong=W ...` on stdout. USR1 makes it check at once, TERM ends it. One workload per file.
 
+mod appenders;
 mod check;
 mod count;
 mod deleted;
 mod files;
+mod inotify;
 mod io_uring;
+mod locks;
+mod mapped;
 mod memory;
+mod names;
 mod say;
 mod shared;
 mod stream;
+mod streams;
 mod tcp;
 mod threads;
 mod timers;
@@ -30,10 +36,17 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   stream PORT                accept; both sides send bytes as fast as they go and check each other's
   stream-connect HOST PORT   the other side of it; [--blocks N] of 16 KiB, the same on both
   append FILE                append a numbered line each round, the file stays open
+  appenders FILE N           N threads append lines `WRITER NUMBER` to one file, as fast as they can
   check-append FILE          print how many lines it has; fail unless they are 1, 2, 3 ...
   deleted FILE MB            a file that is open but deleted
+  flood [--lines N]          numbered lines on stdout and stderr as fast as they are taken
   files DIR MB               files of pseudo-random content in DIR (a tmpfs, say)
+  inotify DIR                a watched directory in which files are made
+  locks DIR                  file locks of every kind
+  mapped FILE MB             a file changed through a shared mapping
   memory MB [--dirty PCT]    anonymous memory, PCT percent of it rewritten each round
+  names DIR                  open files that are renamed, deleted, replaced, one of two names deleted
+  patient                    stdin is read from the first USR1 on; lines come back as `in LINE`
   io-uring                   hold an io_uring
   unix-pair                  a socketpair between two processes
   threads N                  N threads, each with its own counter
@@ -60,9 +73,16 @@ fn run() -> Result<(), String> {
         "timers" => timers::run(&args),
         "zombie" => zombie::run(&args),
         "append" => files::append(&mut args),
+        "appenders" => appenders::run(&mut args),
         "check-append" => check::append(&mut args),
         "deleted" => deleted::run(&mut args),
         "files" => files::run(&mut args),
+        "flood" => streams::flood(&args),
+        "inotify" => inotify::run(&mut args),
+        "locks" => locks::run(&mut args),
+        "mapped" => mapped::run(&mut args),
+        "names" => names::run(&mut args),
+        "patient" => streams::patient(&args),
         "memory" => memory::run(&mut args),
         "io-uring" => io_uring::run(&args),
         "unix-pair" => unix_pair::run(&args),

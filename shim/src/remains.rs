@@ -1,0 +1,120 @@
+//! What a `runc restore` that was killed half-way leaves behind, and `runc delete` does not know how to remove: its state directory
+//! without a `state.json` but with a bind mount in it, and empty cgroups. Ordinary deletes are runc's.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, umount2},
+};
+use serde::Deserialize;
+
+/// runc's bind mount of the root for CRIU, below its state directory (libcontainer's restore).
+const CRIU_ROOT: &str = "criu-root";
+/// How often and how long a directory that is still in use is tried again: a runc whose shim was killed needs a moment to end.
+const TRIES: u32 = 40;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Removes the remains of container `id` below runc's `root`, and its cgroups if nothing is in them. `bundle` is where its
+/// `config.json` lies. Nothing there is fine; what cannot be removed is told and left.
+pub fn clear(root: &Path, id: &str, bundle: &Path) {
+    let state = root.join(id);
+    for attempt in 0.. {
+        match remove_state(&state) {
+            Ok(()) => break,
+            Err(e) if attempt >= TRIES => {
+                log::error!("removing {}: {e}", state.display());
+                break;
+            }
+            Err(_) => std::thread::sleep(PAUSE),
+        }
+    }
+    for cgroup in cgroups(bundle) {
+        // refuses by itself when a task is in it
+        if let Err(e) = fs::remove_dir(&cgroup)
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!("removing {}: {e}", cgroup.display());
+        }
+    }
+}
+
+fn remove_state(state: &Path) -> io::Result<()> {
+    if !state.exists() {
+        return Ok(());
+    }
+    match umount2(&state.join(CRIU_ROOT), MntFlags::MNT_DETACH) {
+        // not a mount point, or not there
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        Err(e) => return Err(e.into()),
+    }
+    fs::remove_dir_all(state)
+}
+
+#[derive(Deserialize)]
+struct Config {
+    linux: Option<Linux>,
+}
+
+#[derive(Deserialize)]
+struct Linux {
+    #[serde(rename = "cgroupsPath")]
+    cgroups_path: Option<String>,
+}
+
+/// The container's cgroups in every mounted hierarchy; none for systemd's kind of path (`slice:prefix:name`), which systemd
+/// removes itself.
+fn cgroups(bundle: &Path) -> Vec<PathBuf> {
+    let config = fs::read(bundle.join("config.json")).ok();
+    let config: Option<Config> = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let path = config.and_then(|c| c.linux).and_then(|l| l.cgroups_path);
+    let Some(path) = path.filter(|p| p.len() > 1 && p.starts_with('/') && !p.contains("..")) else {
+        return Vec::new();
+    };
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    below(&mounts, &path)
+}
+
+/// `path` below every cgroup file system in the text of `/proc/self/mounts`. Pure.
+fn below(mounts: &str, path: &str) -> Vec<PathBuf> {
+    let cgroup = |line: &&str| matches!(line.split(' ').nth(2), Some("cgroup" | "cgroup2"));
+    let mounted = mounts.lines().filter(cgroup).filter_map(|line| line.split(' ').nth(1));
+    mounted.map(|at| Path::new(at).join(path.trim_start_matches('/'))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroups_are_found_in_every_hierarchy() {
+        let mounts = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\ntmpfs /run tmpfs rw 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let found = below(mounts, "/default/redis");
+        let wanted = ["/sys/fs/cgroup/cpu/default/redis", "/sys/fs/cgroup/unified/default/redis"];
+        assert_eq!(found, wanted.map(PathBuf::from));
+    }
+
+    #[test]
+    fn systemds_paths_and_odd_ones_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in ["system.slice:runc:redis", "/", "/a/../..", ""] {
+            let config = format!(r#"{{"linux":{{"cgroupsPath":"{path}"}}}}"#);
+            fs::write(dir.path().join("config.json"), config).unwrap();
+            assert_eq!(cgroups(dir.path()), Vec::<PathBuf>::new(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_state_directory_without_a_mount_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("c1").join(CRIU_ROOT)).unwrap();
+        clear(dir.path(), "c1", dir.path());
+        assert!(!dir.path().join("c1").exists());
+        clear(dir.path(), "c1", dir.path());
+    }
+}

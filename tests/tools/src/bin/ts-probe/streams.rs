@@ -1,0 +1,38 @@
+//! Standard streams under load: lines as fast as they are taken, and a stdin that is read only when asked.
+
+use std::io::{BufRead, Write};
+
+use transship_testtools::{args::Args, signals};
+
+use crate::say;
+
+/// Numbered lines on stdout and stderr as fast as they are taken. TERM ends it after a whole pair.
+pub fn flood(args: &Args) -> Result<(), String> {
+    let stop = args.option_number("lines", u64::MAX)?;
+    let (mut out, mut err) = (std::io::stdout().lock(), std::io::stderr().lock());
+    for n in 1..=stop {
+        if signals::stops() > 0 {
+            break;
+        }
+        // stdout is line-buffered: one write a line
+        writeln!(out, "out {n}").map_err(|e| format!("stdout: {e}"))?;
+        writeln!(err, "err {n}").map_err(|e| format!("stderr: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Says `ready`, reads nothing until the first USR1, then repeats each line of stdin, and its end.
+pub fn patient(_: &Args) -> Result<(), String> {
+    say::line("ready");
+    // SAFETY: waits for any signal; has no arguments.
+    unsafe { libc::pause() };
+    say::line("reading");
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        say::line(&format!("in {line}"));
+    }
+    say::line("in-closed");
+    while signals::stops() == 0 {
+        signals::pause(std::time::Duration::from_secs(1));
+    }
+    Ok(())
+}
