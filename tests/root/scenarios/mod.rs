@@ -16,5 +16,19 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, tasks::ALL].into_iter().flatten()
+    [
+        files_appended::ALL,
+        files_layer::ALL,
+        files_open::ALL,
+        move_image::ALL,
+        move_normal::ALL,
+        move_others::ALL,
+        move_processes::ALL,
+        moving::ALL,
+        net_config::ALL,
+        net_connections::ALL,
+        tasks::ALL,
+    ]
+    .into_iter()
+    .flatten()
 }

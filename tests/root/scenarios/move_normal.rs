@@ -92,8 +92,8 @@ fn checkpoint(bed: &Bed) -> Result<()> {
     // without --image-path, which ctr passes to runc's own shim only
     let image = bed.ok(Node::B, &["ctr", "task", "checkpoint", "m1"])?;
     let image = image.trim();
-    let check = bed.ok(Node::B, &["ctr", "images", "check", &format!("name=={image}")])?;
-    ensure!(check.contains("complete"), "{image}: {check}");
+    let listed = bed.ok(Node::B, &["ctr", "images", "ls", "-q"])?;
+    ensure!(listed.lines().any(|l| l == image), "{image} is not among {listed}");
     bed.ok(Node::B, &["ctr", "images", "rm", "--sync", image])?;
     // and it runs on
     let before = traffic::inside(bed, "m1")?.len();
@@ -117,7 +117,16 @@ fn leaves_the_name_free(bed: &Bed) -> Result<()> {
     // another one of the same name, the same pod, and another address
     container::pod(bed, Node::A, "m1", "10.77.7.2")?;
     sleep(Node::A)?;
-    moves::refused(bed, "m1", Node::A, Node::B.address(), 5, "a container m1 is there already")?;
+    let taken = moves::attempt(bed, "m1", Node::A, Node::B.address(), &[])?;
+    let said = taken.json.to_string();
+    ensure!(
+        taken.code == 5 && said.contains("a container m1 is there already"),
+        "exit {}: {said}",
+        taken.code
+    );
+    for node in Node::ALL {
+        ensure!(container::status(bed, node, "m1")?.as_deref() == Some("RUNNING"), "on node {}", node.name());
+    }
     container::delete(bed, Node::B, "m1")?;
     wait_for(Duration::from_secs(5), "the pod of node b is gone", || {
         Ok(!bed.ok(Node::B, &["ls", "/run/netns"])?.contains("m1"))
