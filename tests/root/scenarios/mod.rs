@@ -4,11 +4,14 @@ mod files_appended;
 mod files_layer;
 mod files_open;
 mod moving;
+mod stdio_moves;
 mod tasks;
 
 use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL, files_appended::ALL, files_open::ALL, files_layer::ALL].into_iter().flatten()
+    [tasks::ALL, moving::ALL, files_appended::ALL, files_open::ALL, files_layer::ALL, stdio_moves::ALL]
+        .into_iter()
+        .flatten()
 }
