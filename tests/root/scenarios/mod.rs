@@ -4,6 +4,7 @@ mod files_appended;
 mod files_layer;
 mod files_open;
 mod moving;
+mod stdio_attached;
 mod stdio_moves;
 mod tasks;
 
@@ -11,7 +12,15 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [tasks::ALL, moving::ALL, files_appended::ALL, files_open::ALL, files_layer::ALL, stdio_moves::ALL]
-        .into_iter()
-        .flatten()
+    [
+        tasks::ALL,
+        moving::ALL,
+        files_appended::ALL,
+        files_open::ALL,
+        files_layer::ALL,
+        stdio_moves::ALL,
+        stdio_attached::ALL,
+    ]
+    .into_iter()
+    .flatten()
 }
