@@ -169,8 +169,13 @@ async fn inspect(
     if netns::is_host(task.pid) {
         return Err(ErrorReport::new(ExitCode::Refused, format!("{id} is in the network of {}", agent.node)));
     }
-    let own = containerd.task_pids(id).await.map_err(internal)?;
-    if let Some(other) = netns::shared_with(task.pid, &own) {
+    let mut own = containerd.task_pids(id).await.map_err(internal)?;
+    while let Some(other) = netns::shared_with(task.pid, &own) {
+        // a process that the container has started since its list was made, or that has ended since, is no other
+        own = containerd.task_pids(id).await.map_err(internal)?;
+        if own.contains(&other) || !std::path::Path::new(&format!("/proc/{other}")).exists() {
+            continue;
+        }
         return Err(ErrorReport::new(
             ExitCode::Refused,
             format!("{id} shares its network with others (process {other}), which would be cut off from it"),
