@@ -12,6 +12,8 @@ mod move_processes;
 mod moving;
 mod net_config;
 mod net_connections;
+mod stdio_attached;
+mod stdio_moves;
 mod tasks;
 mod trouble_commit;
 mod trouble_deaths;
@@ -24,5 +26,5 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [checkpoint_errors::ALL, checkpoint_file::ALL, files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, tasks::ALL, trouble_commit::ALL, trouble_deaths::ALL, trouble_dump::ALL, trouble_files::ALL, trouble_peers::ALL, trouble_refused::ALL].into_iter().flatten()
+    [checkpoint_errors::ALL, checkpoint_file::ALL, files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, stdio_attached::ALL, stdio_moves::ALL, tasks::ALL, trouble_commit::ALL, trouble_deaths::ALL, trouble_dump::ALL, trouble_files::ALL, trouble_peers::ALL, trouble_refused::ALL].into_iter().flatten()
 }
