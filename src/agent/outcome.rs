@@ -160,18 +160,6 @@ impl Undecided {
         }
     }
 
-    /// Asks for as long as the destination answers that it does not know yet, up to `limit`. `None`: it is
-    /// still undecided, or the destination did not answer.
-    pub async fn ask_soon(&self, agent: &Agent, limit: Duration) -> Option<Fate> {
-        let start = Instant::now();
-        loop {
-            match self.ask(agent, limit).await {
-                Ok(None) if start.elapsed() < limit => tokio::time::sleep(Duration::from_millis(100)).await,
-                answer => return answer.ok().flatten(),
-            }
-        }
-    }
-
     /// Asks until it is decided, one way or another. [`Fate::Unknown`]: by the operator.
     pub async fn pursue(&self, agent: &Agent) -> Fate {
         loop {
