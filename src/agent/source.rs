@@ -213,7 +213,8 @@ fn code_of(failure: &Failure) -> ExitCode {
     match failure.phase.as_str() {
         phase if phase.contains("restore") => ExitCode::RestoreFailed,
         "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
-        "connect" => ExitCode::Unreachable,
+        // reached, but not let in
+        "connect" => ExitCode::Refused,
         _ => ExitCode::Failed,
     }
 }
