@@ -112,10 +112,9 @@ impl Still {
 
     fn gone(mut self) -> Result<()> {
         self.armed = false;
-        let killed = self.task.kill();
-        // a netns that others share stays: no rule of ours may be left in it
-        net::unfence(self.netns.as_fd()).ok();
-        killed.context("killing the frozen copy after the move")
+        // the fence stays for as long as this network does: the sockets of the killed tasks try for minutes to tell their peers
+        // that they are closed, and these peers speak with the destination now
+        self.task.kill().context("killing the frozen copy after the move")
     }
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
