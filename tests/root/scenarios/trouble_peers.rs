@@ -233,6 +233,6 @@ fn wrong_ticket(bed: &Bed) -> Result<()> {
     let said = format!("{:#}", answer.err().context("a wrong ticket was welcome")?);
     ensure!(said.contains("ticket"), "{said}");
     drop(fault);
-    trouble::failed(&attempt.finish()?, 1, &["ticket"])?;
+    trouble::failed(&attempt.finish()?, 5, &["ticket"])?;
     witness.finish_untouched().map(drop)
 }
