@@ -8,6 +8,7 @@
 //! | `client.rs` | the redis client outside of the nodes |
 //! | `moves.rs` | migrations through the command line |
 //! | `transship.rs` | the command `transship`, with --json |
+//! | `service.rs` | containerd's Task service |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -21,6 +22,7 @@ mod container;
 mod moves;
 mod requirements;
 mod scenarios;
+mod service;
 mod traffic;
 mod transship;
 

@@ -2,6 +2,8 @@
 
 mod checkpoint_errors;
 mod checkpoint_file;
+mod ctr_checkpoint;
+mod ctr_tasks;
 mod moving;
 mod net_config;
 mod net_connections;
@@ -18,6 +20,8 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         net_config::ALL,
         checkpoint_file::ALL,
         checkpoint_errors::ALL,
+        ctr_checkpoint::ALL,
+        ctr_tasks::ALL,
     ]
     .into_iter()
     .flatten()
