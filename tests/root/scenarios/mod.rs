@@ -2,6 +2,7 @@
 
 mod checkpoint_errors;
 mod checkpoint_file;
+mod cli_ps;
 mod ctr_checkpoint;
 mod ctr_tasks;
 mod moving;
@@ -20,6 +21,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         net_config::ALL,
         checkpoint_file::ALL,
         checkpoint_errors::ALL,
+        cli_ps::ALL,
         ctr_checkpoint::ALL,
         ctr_tasks::ALL,
     ]
