@@ -11,6 +11,7 @@
 //! | `output.rs` | what a container that moves has written, on either node |
 //! | `trouble.rs` | a container that must not notice, the shape of errors, faults |
 //! | `transship.rs` | the command `transship`, with --json |
+//! | `service.rs` | containerd's Task service |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -26,6 +27,7 @@ mod moves;
 mod output;
 mod requirements;
 mod scenarios;
+mod service;
 mod traffic;
 mod trouble;
 mod transship;
