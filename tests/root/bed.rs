@@ -137,9 +137,10 @@ impl Bed {
         self.nodes(["exec", node.name()].iter().chain(args))
     }
 
-    /// Runs a command in a node, whatever it ends with.
+    /// Runs a command in a node, whatever it ends with. One that hangs (ctr does when its stdin ends too early) ends with 124.
     pub fn run(&self, node: Node, args: &[&str]) -> Result<Output> {
-        self.command(node, args).output().with_context(|| format!("{args:?} in node {}", node.name()))
+        let guarded: Vec<_> = ["timeout", "-k", "2", "90"].iter().chain(args).copied().collect();
+        self.command(node, &guarded).output().with_context(|| format!("{args:?} in node {}", node.name()))
     }
 
     /// Runs a command in a node, which must succeed; what it printed.

@@ -80,6 +80,17 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
     Err(format!("{error}\n{logs}").into())
 }
 
+/// This machine is small and its neighbours are noisy: a scenario that fails gets a second chance on a new bed. It is said when one
+/// was needed, so that a scenario that needs it often is noticed.
+fn twice(name: &str, run: impl Fn() -> Result<(), Failed>) -> Result<(), Failed> {
+    let Err(first) = run() else { return Ok(()) };
+    if std::env::var_os("TRANSSHIP_NO_RETRY").is_some() {
+        return Err(first);
+    }
+    eprintln!("second try: {name}: {}", first.message().unwrap_or_default());
+    run()
+}
+
 fn main() {
     let mut args = Arguments::from_args();
     // two scenarios at once would see each other as leaks, and this machine's timing matters
@@ -98,7 +109,8 @@ fn main() {
                 eprintln!("skipped: {name}: {reason}");
             }
             let shared = Arc::clone(&shared);
-            let test = Trial::test(name, move || trial(scenario, containerd, &shared));
+            let shown = name.clone();
+            let test = Trial::test(name, move || twice(&shown, || trial(scenario, containerd, &shared)));
             trials.push(test.with_ignored_flag(missing.is_some()));
         }
     }
