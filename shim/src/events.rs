@@ -32,7 +32,6 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-
 /// Events that are kept while containerd is away; then the oldest go.
 const QUEUE: usize = 2048;
 /// How often an event is tried again.
