@@ -118,6 +118,14 @@ pub async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject
         ..Offer::default()
     };
     describe(agent, &containerd, &mut offer, task.as_ref(), inspected.as_ref()).await.map_err(internal)?;
+    if running && offer.host.criu.is_empty() {
+        let named = agent.config.criu.as_ref().map(|p| format!(" as {}", p.display())).unwrap_or_default();
+        return fail(
+            ExitCode::Refused,
+            format!("CRIU was not found on {}{named}", agent.node),
+            "install it, or correct `criu` in agent.toml; `transship doctor` says more",
+        );
+    }
     Ok(Subject { containerd, record, task, inspected, offer })
 }
 

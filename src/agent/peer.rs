@@ -130,9 +130,15 @@ pub async fn tcp(address: SocketAddr) -> Result<TcpStream> {
 
 /// An error about certificates as such; anything else as its text.
 fn untrusted(error: &anyhow::Error, to: &str) -> Result<ErrorReport, String> {
-    if tls_in(error, |e| matches!(e, rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol)).then_some(())).is_some() {
+    if tls_in(error, |e| {
+        matches!(e, rustls::Error::AlertReceived(rustls::AlertDescription::NoApplicationProtocol))
+            .then_some(())
+    })
+    .is_some()
+    {
         let message = format!("{to}: it speaks another protocol than this node's {VERSIONS:?}");
-        return Ok(ErrorReport::new(ExitCode::Refused, message).advice("install the same version of transship on both nodes"));
+        return Ok(ErrorReport::new(ExitCode::Refused, message)
+            .advice("install the same version of transship on both nodes"));
     }
     match trust_in(error) {
         Some(problem) => Ok(ErrorReport::new(ExitCode::Untrusted, format!("{to}: {problem}")).advice(
