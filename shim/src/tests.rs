@@ -140,6 +140,7 @@ impl Bed {
 
     /// Starts a process for the next create, restore or exec to find.
     fn prepare_process(&self, script: &str) -> u32 {
+        #[expect(clippy::zombie_processes, reason = "the reaper under test waits for it")]
         let child = Command::new("sh").args(["-c", script]).stdin(Stdio::null()).spawn().unwrap();
         let old = fs::read_to_string(self.path("next-pid")).unwrap();
         fs::write(self.path("next-pid"), format!("{old}{}\n", child.id())).unwrap();
