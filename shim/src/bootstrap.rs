@@ -260,6 +260,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }
+    remove_dead_socket(&bundle);
     let pid = runc::read_pid(&bundle.join("init.pid")).unwrap_or_else(|e| {
         eprintln!("{e:#}");
         0
@@ -272,6 +273,15 @@ pub fn delete(flags: &Flags) -> Result<()> {
     };
     let bytes = response.write_to_bytes().context("encode the answer")?;
     io::stdout().write_all(&bytes).context("answer containerd")
+}
+
+/// A shim that was killed leaves its socket behind. One that still answers serves the rest of the pod.
+fn remove_dead_socket(bundle: &Path) {
+    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
+    let path = socket_path(address.trim());
+    if UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// `-info`: prints what this runtime is and can do.
@@ -378,7 +388,12 @@ mod tests {
         let address = format!("unix://{}/s/x", dir.path().display());
         let first = bind(&address).unwrap().unwrap();
         assert!(bind(&address).unwrap().is_none());
+        fs::write(dir.path().join("address"), &address).unwrap();
+        remove_dead_socket(dir.path());
+        assert!(socket_path(&address).exists(), "it answers");
         drop(first);
         assert!(bind(&address).unwrap().is_some());
+        remove_dead_socket(dir.path());
+        assert!(!socket_path(&address).exists());
     }
 }
