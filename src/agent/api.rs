@@ -333,6 +333,12 @@ impl ErrorReport {
         }
     }
 
+    /// With the state in which everything is.
+    pub fn state(mut self, state: impl Into<String>) -> Self {
+        self.state = state.into();
+        self
+    }
+
     /// With advice.
     pub fn advice(mut self, advice: impl Into<String>) -> Self {
         self.advice = advice.into();

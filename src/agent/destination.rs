@@ -20,6 +20,7 @@ use super::{
     layer::{self, name},
     link::{Frame, Link},
     message::{Hello, Message, Offer, Ready, Refusal, Started, VERSIONS},
+    outcome::{self, Fate},
     pending::{Expected, Ticket},
     placement::{Placement, plain, situation},
     preflight,
@@ -49,6 +50,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     }
     let offer = match link.hear().await {
         Ok(Message::Offer(offer)) => *offer,
+        Ok(Message::Ask { migration }) => return link.say(outcome::answer(&migration, peer).await).await,
         Ok(other) => bail!("it sent {} in place of an offer", name(&other)),
         Err(_) => return Ok(()), // only looked whether we are here
     };
@@ -99,6 +101,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     match taken {
         Ok(mut started) => {
             log::info!("{namespace}/{id} of {peer} is here now (migration {})", placement.migration);
+            outcome::keep(&placement.migration, peer, Fate::Runs);
             match placement.keep().await {
                 Ok(warnings) => started.warnings.extend(warnings),
                 Err(error) => started.warnings.push(format!("{error:#}")),
@@ -107,14 +110,18 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
         }
         Err(failed) => {
             log::warn!("taking {namespace}/{id} from {peer}: {failed:#}");
+            let migration = placement.migration.clone();
             let left = placement.undo().await;
+            if left.is_empty() {
+                outcome::keep(&migration, peer, Fate::Aborted);
+            }
             let failure = match failed.downcast::<Failure>() {
                 Ok(failure) => failure,
                 Err(error) => Failure {
                     phase: "prepare".into(),
                     node: agent.node.clone(),
                     message: format!("{error:#}"),
-                    advice: String::new(),
+                    ..Failure::default()
                 },
             };
             link.say(Message::Failed { failure, left }).await

@@ -4,7 +4,11 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 
-use super::{Agent, placed::Placed};
+use super::{
+    Agent,
+    outcome::{self, Fate},
+    placed::Placed,
+};
 use crate::{
     containerd::{Containerd, Namespace},
     control::{self, MigrationState, RUN_DIR},
@@ -68,9 +72,14 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
             tokio::time::sleep(END_LIMIT / 20).await;
         }
     }
+    let known = inspected.is_some();
     if !inspected.is_some_and(|i| matches!(i.status.as_str(), "running" | "paused" | "stopped")) {
         log::info!("leftover: {name} never arrived from {}; undoing it", placed.from);
-        placed.undo(containerd).await;
+        let (migration, from) = (placed.migration.clone(), placed.from.clone());
+        // without a shim that can say that it never ran, nobody knows for certain
+        if placed.undo(containerd).await.is_empty() && known {
+            outcome::keep(&migration, &from, Fate::Aborted);
+        }
         return;
     }
     log::info!("leftover: {name} has arrived from {}; finishing what is left to do", placed.from);
@@ -78,6 +87,9 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
         if let Err(error) = containerd.task_start(&placed.id).await {
             log::info!("{name}: starting its task: {error:#}"); // it was started
         }
+        outcome::keep(&placed.migration, &placed.from, Fate::Runs);
+        // what was sent when it came may have been lost
+        outcome::announce_again(&placed.migration).await;
         containerd.lease_delete(&placed.lease(), false).await?;
         (placed.complete, placed.steps) = (true, Vec::new());
         placed.save()

@@ -20,6 +20,7 @@ use super::{
     placement::{Placement, plain, situation},
     preflight,
     reporter::Reporter,
+    source::clean_up,
     spec,
 };
 use crate::{
@@ -54,6 +55,19 @@ fn end(agent: &Agent, reporter: &mut Reporter, result: Outcome<Reply>) {
         }
         if error.phase.is_empty() {
             error.phase = reporter.phase_name();
+        }
+        if error.state.is_empty() {
+            error.state = "nothing was changed".into();
+        }
+        if error.advice.is_empty() {
+            error.advice = match error.code {
+                ExitCode::BadFile => {
+                    "make the checkpoint anew, or copy it again: it is not as it was written"
+                }
+                ExitCode::Usage => "name a file that exists on this node",
+                _ => "the agent's log says more; `transship doctor` examines the node",
+            }
+            .into();
         }
         error
     }));
@@ -304,6 +318,16 @@ pub async fn resolve(agent: &Agent, request: ResolveRequest) -> Outcome<Reply> {
     while let Some(event) = events.recv().await {
         match event {
             control::Event::Done { .. } => {
+                let mut notes = Vec::new();
+                if request.decision == Decision::Moved {
+                    let containerd = containerd(agent, namespace).await?;
+                    if let Some(record) = containerd.container(id).await.map_err(internal)? {
+                        notes = clean_up(&containerd, &record, true, false).await;
+                    }
+                }
+                for note in notes {
+                    log::info!("{namespace}/{id}: {note}");
+                }
                 let message = match request.decision {
                     Decision::RunHere => format!("{id} runs on {} again", agent.node),
                     Decision::Moved => format!("{id} runs on {peer}; what was left of it here is gone"),

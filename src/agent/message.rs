@@ -89,6 +89,16 @@ pub enum Message {
         /// What could not be undone there; empty: nothing was left.
         left: Vec<String>,
     },
+    /// In place of an offer: what became of this migration, whose answer was lost?
+    Ask {
+        /// The migration.
+        migration: String,
+    },
+    /// The answer to [`Message::Ask`].
+    Fate {
+        /// What became of it.
+        fate: super::outcome::Fate,
+    },
     /// Nothing to say, but still there. Never reaches the receiver's logic.
     Alive,
 }

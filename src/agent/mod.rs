@@ -15,6 +15,7 @@
 //! | [`preflight`], [`host`], [`spec`] | does it fit here |
 //! | [`pending`] | one-time tickets; the data connections they let in |
 //! | [`layer`] | the writable layer of a container that does not run |
+//! | [`outcome`] | what became of migrations whose answer was lost |
 //! | [`netns`] | network namespaces of containers that come and go |
 //! | [`local`] | checkpoint, restore, resolve |
 //! | [`ps`] | the list of containers |
@@ -46,6 +47,7 @@ pub mod link;
 pub mod local;
 pub mod message;
 pub mod netns;
+pub mod outcome;
 pub mod peer;
 pub mod pending;
 pub mod placed;
@@ -135,6 +137,9 @@ pub async fn serve(config: Config) -> Result<()> {
         config,
     });
     leftovers::sweep(&agent).await;
+    if let Err(error) = outcome::resume(&agent).await {
+        log::warn!("looking for undecided migrations: {error:#}");
+    }
     let peers = server::bind_peers(&agent).await?;
     let cli = server::bind_cli(&agent)?;
     log::info!(

@@ -182,6 +182,18 @@ pub fn check(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
     check_live(offer, now)
 }
 
+/// Whether a version's major and minor numbers are lower than another's. What is no version is not older.
+fn older(version: &str, than: &str) -> bool {
+    let numbers = |v: &str| {
+        let mut parts = v.split('.').map(|p| p.parse::<u32>().ok());
+        Some((parts.next()??, parts.next().flatten().unwrap_or(0)))
+    };
+    match (numbers(version), numbers(than)) {
+        (Some(version), Some(than)) => version < than,
+        _ => false,
+    }
+}
+
 fn check_live(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
     let no = |code: &str, message: String, advice: &str| {
         Err(Refusal { code: code.into(), message, advice: advice.into() })
@@ -204,6 +216,16 @@ fn check_live(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
     }
     if host.criu.is_empty() {
         return no("criu", "CRIU was not found on this node".into(), "run `transship doctor` there");
+    }
+    if older(&host.criu, &there.criu) {
+        return no(
+            "criu",
+            format!(
+                "CRIU {} of this node is older than {} of the other, whose images it may not understand",
+                host.criu, there.criu
+            ),
+            "install the same CRIU on both nodes",
+        );
     }
     if host.runc.is_empty() {
         return no(
@@ -364,6 +386,14 @@ mod tests {
             existing_mounts: [PathBuf::from("/srv/data")].into(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn versions_compare_by_major_and_minor() {
+        assert!(older("3.17.1", "4.2") && older("4.1.1", "4.2.1"));
+        assert!(
+            !older("4.2", "4.2.1") && !older("4.2.1", "4.2") && !older("", "4.2") && !older("4.2", "git")
+        );
     }
 
     #[test]

@@ -134,7 +134,8 @@ mod tests {
         assert_eq!(state(Some(&task), None), "running");
         let mut shim = Inspected { status: "running".into(), ..Inspected::default() };
         assert_eq!(state(Some(&task), Some(&shim)), "running");
-        shim.migration = MigrationState::Undecided { migration_id: "m".into(), peer: "b".into() };
+        shim.migration =
+            MigrationState::Undecided { migration_id: "m".into(), peer: "b".into(), address: String::new() };
         assert_eq!(state(Some(&task), Some(&shim)), "undecided");
         shim = Inspected { status: "incoming".into(), ..Inspected::default() };
         assert_eq!(state(Some(&task), Some(&shim)), "migrating-in");

@@ -15,11 +15,13 @@ use super::{
     link::{Frame, Link, MAX_DATA},
     message::{Message, Ready, Started},
     netns,
+    outcome::{Fate, Undecided},
     peer::{self, Peer},
     placed::Placed,
     reporter::Reporter,
 };
 use crate::{
+    containerd::{Namespace, record::Record},
     control::{self, SendRequest},
     migrate::{fault, protocol::Failure},
 };
@@ -32,12 +34,14 @@ type Outcome<T> = Result<T, ErrorReport>;
 /// Carries out a migration; the reporter gets everything, the end too.
 pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Reporter) {
     let (namespace, id) = (request.namespace.clone(), request.container.clone());
+    reporter.phase("preflight");
     let result = match agent.busy.enter(&namespace, &id, &format!("leaving for {}", request.to)) {
         None => Err(ErrorReport::new(
             ExitCode::Busy,
             format!("{id} is busy with another migration or checkpoint"),
         )
-        .advice("see `transship ps`")),
+        .advice("wait for its end; see `transship ps`")
+        .state(format!("{id} is {}", agent.busy.what(&namespace, &id).unwrap_or_default()))),
         Some(_busy) => attempt(agent, &request, reporter).await,
     };
     match result {
@@ -52,6 +56,10 @@ pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Repo
             if error.phase.is_empty() {
                 error.phase = reporter.phase_name();
             }
+            if error.advice.is_empty() {
+                error.advice =
+                    "the agents' logs of both nodes say more; `transship doctor` examines a node".into();
+            }
             log::warn!("moving {namespace}/{id} to {}: {error} [{}]", request.to, error.state);
             reporter.end(Err(error));
         }
@@ -60,7 +68,7 @@ pub async fn migrate(agent: &Agent, request: MigrateRequest, reporter: &mut Repo
 
 async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporter) -> Outcome<Report> {
     reporter.phase("preflight");
-    let mut subject = examine(agent, request).await.map_err(|mut error| {
+    let subject = examine(agent, request).await.map_err(|mut error| {
         if error.state.is_empty() {
             error.state = format!("nothing was changed on {}, and no other node was asked", agent.node);
         }
@@ -86,7 +94,10 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     let Peer { mut link, name: peer, address } =
         peer::dial(&request.to, &agent.config.pki(), &agent.node, silence).await.map_err(as_before)?;
     if peer == agent.node {
-        return Err(as_before(ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))));
+        return Err(as_before(
+            ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))
+                .advice("name another node by --to"),
+        ));
     }
     let offer = Message::Offer(Box::new(subject.offer.clone()));
     let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
@@ -133,7 +144,8 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     }
     drop(link);
     reporter.phase("cleanup");
-    let notes = clean_up(&mut subject).await;
+    let task = subject.task.is_some() || subject.inspected.is_some();
+    let notes = clean_up(&subject.containerd, &subject.record, task, subject.offer.cold).await;
     report.warnings.extend(notes);
     reporter.fill(&mut report);
     Ok(report)
@@ -195,10 +207,14 @@ fn failed_there(failure: Failure, left: &[String], peer: &str) -> ErrorReport {
 }
 
 fn code_of(failure: &Failure) -> ExitCode {
+    if failure.lost {
+        return ExitCode::Unreachable;
+    }
     match failure.phase.as_str() {
         phase if phase.contains("restore") => ExitCode::RestoreFailed,
         "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
-        "connect" => ExitCode::Unreachable,
+        // reached, but not let in
+        "connect" => ExitCode::Refused,
         _ => ExitCode::Failed,
     }
 }
@@ -252,6 +268,7 @@ async fn send(
             ticket: ready.ticket.clone(),
             node: agent.node.clone(),
             peer: peer.clone(),
+            address: request.to.clone(),
             tls: agent.config.pki().material()?,
             limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
         };
@@ -298,16 +315,15 @@ async fn send(
             Some(control::Event::Progress { bytes }) => reporter.progress("memory", bytes, None),
             Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
             Some(control::Event::Undecided { message }) => {
-                // the operator hears of it now; the shim goes on asking, and this goes on with it
-                let mut error = ErrorReport::new(ExitCode::Undecided, message);
-                error.state = format!(
-                    "{} is frozen on {} until it is known whether it runs on {peer}",
-                    subject.record.id, agent.node
-                );
-                error.advice =
-                    "wait for the connection to come back, or find out yourself and `transship resolve`"
-                        .into();
-                reporter.end(Err(error));
+                let undecided = Undecided {
+                    containerd: subject.containerd.clone(),
+                    record: subject.record.clone(),
+                    migration: ready.migration.clone(),
+                    to: request.to.clone(),
+                };
+                let silence = agent.config.silence(request.silence_seconds);
+                follow_undecided(agent, &undecided, message, &peer, silence, reporter).await?;
+                return Ok(Some(early.unwrap_or_default()));
             }
             Some(control::Event::Done { report: measured }) => {
                 report.freeze_ms = measured.freeze_ms;
@@ -329,6 +345,52 @@ async fn send(
                 error.state = "unknown: look at `transship ps` and `ctr task ls` on both nodes".into();
                 return Err(error);
             }
+        }
+    }
+}
+
+/// The commit was sent and its answer lost: asks the destination until it is known what became of the container.
+///
+/// # Errors
+/// It is this node's again, or the operator has decided.
+async fn follow_undecided(
+    agent: &Agent,
+    undecided: &Undecided,
+    message: String,
+    peer: &str,
+    silence: Duration,
+    reporter: &mut Reporter,
+) -> Outcome<()> {
+    let id = &undecided.record.id;
+    let fate = match undecided.ask_soon(agent, silence).await {
+        Some(fate) => fate,
+        None => {
+            // the operator hears of it now; the asking goes on
+            let mut error = ErrorReport::new(ExitCode::Undecided, message);
+            error.node.clone_from(&agent.node);
+            error.phase = "commit".into();
+            error.state =
+                format!("{id} is frozen on {} until it is known whether it runs on {peer}", agent.node);
+            error.advice = format!(
+                "the agent goes on asking {peer}; or look there whether it runs, then `transship resolve {id} --moved` or `--run-here`"
+            );
+            reporter.end(Err(error));
+            undecided.pursue(agent).await
+        }
+    };
+    match fate {
+        Fate::Runs => Ok(()),
+        Fate::Aborted => {
+            let message = format!("{peer} gave up after the commit, before anything of {id} ran there");
+            let mut error = ErrorReport::new(ExitCode::RestoreFailed, message);
+            error.node = peer.into();
+            error.phase = "commit".into();
+            error.state = format!("{id} runs on {} as before; nothing was left on {peer}", agent.node);
+            Err(error)
+        }
+        Fate::Unknown => {
+            Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
+                .state("as the operator decided"))
         }
     }
 }
@@ -357,6 +419,14 @@ async fn failed_here(
                 }
             }
         }
+    };
+    // what the other side met itself says more than that the connection to it broke
+    let failure = match &there {
+        Ok((theirs, _)) if failure.lost && !theirs.lost && theirs.node != agent.node => Failure {
+            node: if theirs.node.is_empty() { peer.into() } else { theirs.node.clone() },
+            ..theirs.clone()
+        },
+        _ => failure,
     };
     let mut error = lost_first
         .unwrap_or_else(|| ErrorReport::new(code_of(&failure), &failure.message).advice(&failure.advice));
@@ -434,20 +504,20 @@ async fn send_cold(
 }
 
 /// Removes what is left here of a container that is gone. Returns what the operator should know.
-async fn clean_up(subject: &mut Subject) -> Vec<String> {
-    let (containerd, record) = (&subject.containerd, subject.record.clone());
+pub async fn clean_up(containerd: &Namespace, record: &Record, task: bool, cold: bool) -> Vec<String> {
+    let record = record.clone();
     let mut notes = Vec::new();
     let mut note = |result: Result<()>| {
         if let Err(error) = result {
             notes.push(format!("left on this node: {error:#}"));
         }
     };
-    if subject.task.is_some() || subject.inspected.is_some() {
+    if task {
         note(containerd.task_remove(&record.id, END_LIMIT).await);
     }
     note(containerd.container_delete(&record.id).await);
     note(containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await);
-    if subject.offer.cold {
+    if cold {
         let placed = Placed::load(containerd.name(), &record.id);
         let removed = tokio::task::spawn_blocking(move || placed.map_or(Ok(()), |p| p.remove())).await;
         notes.extend(removed.ok().and_then(Result::err).map(|error| format!("left on this node: {error:#}")));

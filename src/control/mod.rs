@@ -122,6 +122,9 @@ pub struct SendRequest {
     pub node: String,
     /// The destination's name: its certificate must say so.
     pub peer: String,
+    /// Where the destination's agent is, for who asks it what became of the migration.
+    #[serde(default)]
+    pub address: String,
     /// This node's certificate.
     pub tls: TlsMaterial,
     /// Limits.
@@ -268,6 +271,9 @@ pub enum MigrationState {
         migration_id: String,
         /// The destination.
         peer: String,
+        /// Where its agent is.
+        #[serde(default)]
+        address: String,
     },
     /// It runs on another node; what is left here is being removed.
     Moved {

@@ -68,10 +68,12 @@ pub struct DumpStats {
 
 /// Why a dump failed, in CRIU's words. Found in the error chain (`Error::downcast_ref`).
 #[derive(Debug, thiserror::Error)]
-#[error("CRIU cannot dump the container: {finding} (log: {log})")]
+#[error("CRIU {version} cannot dump the container: {finding}")]
 pub struct DumpFailed {
     /// CRIU's first error line and what can be done about it.
     pub finding: log::Finding,
+    /// CRIU's version, which may be the reason.
+    pub version: super::version::Version,
     /// Path of the log.
     pub log: String,
 }
@@ -157,6 +159,7 @@ impl Criu {
                 if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
                     super::cgroup_image::strip(request.images_dir)?;
                 }
+                super::timerfd_image::rearm(request.images_dir)?;
                 Ok(stats)
             }
             other => {
@@ -166,7 +169,7 @@ impl Criu {
                     .map(|a| a.cr_errmsg.unwrap_or_else(|| format!("errno {}", a.cr_errno.unwrap_or(0))));
                 let finding =
                     found.unwrap_or_else(|| log::Finding::new(&said.unwrap_or_else(|e| e.to_string())));
-                Err(DumpFailed { finding, log: log.display().to_string() }.into())
+                Err(DumpFailed { finding, version: self.version, log: log.display().to_string() }.into())
             }
         }
     }

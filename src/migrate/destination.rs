@@ -25,11 +25,11 @@ use super::protocol::{
 use super::report::{Clock, Report, millis};
 use super::source::ImagesDir;
 use super::stream::Receiver;
-use super::wire::{FrameSink, Wire};
+use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::{net, tls};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
@@ -134,7 +134,8 @@ pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
             phase: phase.to_owned(),
             node: node.to_owned(),
             message: format!("{e:#}"),
-            advice: String::new(),
+            lost: e.is::<Lost>(),
+            ..Failure::default()
         },
     }
 }
@@ -188,8 +189,10 @@ fn take(
     wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
     fault::point("restoring");
     phase(clock, "criu restore");
+    let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
     wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
+    drop(times);
 
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
@@ -355,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_failure_of_the_peer_is_passed_on_unchanged() {
-        let f = Failure { phase: "dump".into(), node: "a".into(), message: "m".into(), advice: "x".into() };
+        let f = Failure { phase: "dump".into(), node: "a".into(), message: "m".into(), ..Failure::default() };
         let e = anyhow::Error::from(f.clone()).context("receiving");
         assert_eq!(failure_of(&e, "receive", "b"), f);
         let own = failure_of(&anyhow!("no room").context("writing"), "receive", "b");

@@ -159,6 +159,9 @@ pub struct Failure {
     /// What to do about it.
     #[serde(default)]
     pub advice: String,
+    /// It is the connection between the two that failed: the other side may know a better reason.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 impl std::fmt::Display for Failure {

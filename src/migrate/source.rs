@@ -15,11 +15,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use super::abort::Abort;
 use super::codec::Kind;
+use super::destination::failure_of;
 use super::fault;
 use super::protocol::{
     Commit, Failure, Frozen, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
@@ -28,11 +29,11 @@ use super::report::{Clock, Report, millis};
 use super::stream::Sender;
 use super::wire::{FrameSink, Wire};
 use crate::cgroup::Freezer;
-use crate::control::{Event, Limits};
+use crate::control::{Event, Limits, RUN_DIR};
 use crate::criu::options::{Facts, dump_options};
 use crate::criu::{self, Criu, DumpRequest};
 use crate::net;
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 
 /// What the source needs of the shim's container.
 pub trait SourceTask: Send {
@@ -109,12 +110,12 @@ impl Still {
         unfenced.context("lifting the fence (the container runs, its network is still fenced)")
     }
 
-    fn gone(mut self) -> Result<()> {
+    /// Kills the frozen tasks; not a packet of theirs gets out. The fence stays: where the container lives on under the same
+    /// addresses, nothing here may answer for them until the agent removes the netns.
+    fn gone(&mut self) -> Result<()> {
         self.armed = false;
-        let killed = self.task.kill();
-        // a netns that others share stays: no rule of ours may be left in it
-        net::unfence(self.netns.as_fd()).ok();
-        killed.context("killing the frozen copy after the move")
+        net::silence(self.freezer.pids().unwrap_or_default());
+        self.task.kill().context("killing the frozen copy")
     }
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
@@ -146,11 +147,31 @@ pub fn send(
     events: &dyn Fn(Event),
 ) -> Result<Outcome> {
     let mut clock = Clock::start();
+    let sent = try_send(wire, ticket, task, options, abort, &mut clock, events);
+    sent.map_err(|e| {
+        let failure = failure_of(&e, clock.current(), &options.node);
+        // it runs on here already; the other side's log shall say why
+        if !failure.lost && failure.node == options.node {
+            wire.fail(&failure);
+        }
+        failure.into()
+    })
+}
+
+fn try_send(
+    wire: &mut Wire,
+    ticket: &str,
+    task: Box<dyn SourceTask>,
+    options: &Options,
+    abort: &Abort,
+    clock: &mut Clock,
+    events: &dyn Fn(Event),
+) -> Result<Outcome> {
     let phase = |clock: &mut Clock, name: &str| {
         clock.phase(name);
         events(Event::Phase { phase: name.to_owned() });
     };
-    phase(&mut clock, "prepare");
+    phase(clock, "prepare");
     let prepared = Prepared::new(&*task, options)?;
     let hello = Hello {
         oldest: OLDEST,
@@ -162,16 +183,15 @@ pub fn send(
     wire.expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
-    let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
-    phase(&mut clock, "restore");
+    let (mut still, mut report) = freeze_and_stream(wire, task, prepared, options, abort, clock, events)?;
+    phase(clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
     fault::point("commit");
     if !abort.commit() {
         bail!("the migration was given up by request");
     }
-    phase(&mut clock, "commit");
+    phase(clock, "commit");
     let answer = wire.json(Kind::Commit, &Commit {}).and_then(|()| wire.expect::<Running>(Kind::Running));
     let running = match answer {
         Ok(running) => running,
@@ -183,7 +203,7 @@ pub fn send(
         }
     };
     report.freeze_ms = millis(still.since.elapsed()) - running.since_ms;
-    phase(&mut clock, "clean up");
+    phase(clock, "clean up");
     if let Err(e) = still.gone() {
         report.warnings.push(format!("{e:#}"));
     }
@@ -212,13 +232,15 @@ pub fn checkpoint(
     let prepared = Prepared::new(&*task, options)?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, container))?;
     let step = freeze_and_stream(wire, task, prepared, options, abort, &mut clock, events);
-    let (mut still, mut report) = step.map_err(|e| e.context(format!("phase {}", clock.current())))?;
+    let (mut still, mut report) = step.map_err(|e| failure_of(&e, clock.current(), &options.node))?;
     report.freeze_ms = millis(still.since.elapsed());
     if stop {
         // durable before the only running copy is killed
         clock.phase("sync");
         wire.close().context("writing the checkpoint to disk")?;
         still.gone()?;
+        // nobody else has these addresses: the netns is its owner's again
+        net::unfence(still.netns.as_fd()).context("lifting the fence")?;
     } else {
         still.roll_back()?;
         clock.phase("sync");
@@ -236,6 +258,7 @@ struct Prepared {
     netns: OwnedFd,
     dir: ImagesDir,
     layer: WritableLayer,
+    rootfs: PathBuf,
     opts: criu::rpc::CriuOpts,
     descriptors: [String; 3],
 }
@@ -260,7 +283,16 @@ impl Prepared {
         };
         let opts = dump_options(&spec, &facts, &limits).context("preparing CRIU's dump")?;
         let descriptors = criu::stdio::descriptors(Some(&task.runc_state()), pid)?;
-        Ok(Prepared { criu, freezer, netns, dir, layer: task.layer()?, opts, descriptors })
+        Ok(Prepared {
+            criu,
+            freezer,
+            netns,
+            dir,
+            layer: task.layer()?,
+            rootfs: task.rootfs(),
+            opts,
+            descriptors,
+        })
     }
 
     fn manifest(&self, task: &dyn SourceTask, container: Value) -> Manifest {
@@ -287,7 +319,7 @@ fn freeze_and_stream(
     clock: &mut Clock,
     events: &dyn Fn(Event),
 ) -> Result<(Still, Report)> {
-    let Prepared { criu, freezer, netns, dir, layer, opts, descriptors } = prepared;
+    let Prepared { criu, freezer, netns, dir, layer, rootfs, opts, descriptors } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| {
         clock.borrow_mut().phase(name);
@@ -304,11 +336,13 @@ fn freeze_and_stream(
 
     phase("dump");
     let (images, work) = (dir.0.join(IMAGES), dir.0.join(WORK));
+    let times = KeptTimes::of(&rootfs);
     let shown = Cell::new(0);
     let sender = RefCell::new(Sender::new(wire));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
         phase("layer");
+        times.put_back();
         sender.borrow_mut().layer(&layer)?;
         phase("dump end");
         Ok(())
@@ -331,12 +365,8 @@ fn freeze_and_stream(
         }
         go_on()
     });
+    drop(times);
     let mut sender = sender.into_inner();
-    let refused = |e: &anyhow::Error| e.is::<criu::dump::DumpFailed>();
-    // not when only what CRIU was writing to has failed: then its log says nothing that the error does not
-    if dumped.as_ref().is_err_and(refused) {
-        keep_log(&work, options);
-    }
     let streamed = dumped.and_then(|_| {
         phase("files");
         sender.files(&images)?;
@@ -344,8 +374,8 @@ fn freeze_and_stream(
     });
     if let Err(e) = streamed {
         // the destination's own reason, if it was the destination that hung up
-        let why = if refused(&e) { None } else { sender.reason() };
-        return Err(why.map_or(e, Into::into));
+        let why = if e.is::<criu::dump::DumpFailed>() { None } else { sender.reason() };
+        return Err(why.map_or_else(|| keep_log(e, &work, options), Into::into));
     }
     let sent = sender.finish()?;
     events(Event::Progress { bytes: wire.bytes().0 });
@@ -353,11 +383,32 @@ fn freeze_and_stream(
     Ok((still, report))
 }
 
-/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it.
-fn keep_log(work: &Path, options: &Options) {
-    let to = options.limits.images_dir.join(format!("{}-dump.log", options.migration_id));
-    if let Err(e) = std::fs::copy(work.join(criu::dump::LOG_FILE), &to) {
-        log::debug!("keeping CRIU's log as {}: {e}", to.display());
+/// Logs of failed dumps that are kept.
+const LOGS: usize = 16;
+
+/// CRIU's log outlives the images: whoever reads the error wants to see the rest of it. Returns the error with the place.
+fn keep_log(error: anyhow::Error, work: &Path, options: &Options) -> anyhow::Error {
+    if !error.is::<criu::dump::DumpFailed>() {
+        return error;
+    }
+    let dir = Path::new(RUN_DIR).join("logs");
+    let to = dir.join(format!("{}-dump.log", options.migration_id));
+    let keep = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&dir)?;
+        std::fs::copy(work.join(criu::dump::LOG_FILE), &to)?;
+        let mut all: Vec<_> = std::fs::read_dir(&dir)?
+            .flatten()
+            .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f.path())))
+            .collect();
+        all.sort();
+        all.iter().rev().skip(LOGS).try_for_each(|(_, path)| std::fs::remove_file(path))
+    };
+    match keep() {
+        Ok(()) => anyhow!("{error:#} (log: {})", to.display()),
+        Err(e) => {
+            log::warn!("keeping CRIU's log as {}: {e}", to.display());
+            error
+        }
     }
 }
 

@@ -18,6 +18,26 @@ use serde::de::DeserializeOwned;
 use super::codec::{self, CodecError, Kind};
 use super::protocol::Failure;
 
+/// The connection to the peer is lost: broken, closed or silent.
+#[derive(Debug)]
+pub struct Lost(String);
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Lost {}
+
+/// A handshake's error: about certificates, or a connection that was lost.
+fn handshake(error: io::Error) -> anyhow::Error {
+    match error.get_ref().is_some_and(|e| e.is::<rustls::Error>()) {
+        true => error.into(),
+        false => Lost(format!("the connection to the peer broke: {error}")).into(),
+    }
+}
+
 /// Where frames go: a connection or a checkpoint file.
 pub trait FrameSink {
     /// Sends one frame whose payload is the concatenation of `parts`.
@@ -86,7 +106,10 @@ impl Wire {
         let name = ServerName::try_from(name.to_owned()).context("server name")?;
         let mut tls = StreamOwned::new(ClientConnection::new(config, name)?, tcp);
         while tls.conn.is_handshaking() {
-            tls.conn.complete_io(&mut tls.sock).context("TLS handshake with the destination")?;
+            tls.conn
+                .complete_io(&mut tls.sock)
+                .map_err(handshake)
+                .context("TLS handshake with the destination")?;
         }
         Ok(Wire::new(Box::new(tls), silence))
     }
@@ -104,7 +127,10 @@ impl Wire {
         timeouts(&tcp, silence)?;
         let mut tls = StreamOwned::new(ServerConnection::new(config)?, tcp);
         while tls.conn.is_handshaking() {
-            tls.conn.complete_io(&mut tls.sock).context("TLS handshake with the source")?;
+            tls.conn
+                .complete_io(&mut tls.sock)
+                .map_err(handshake)
+                .context("TLS handshake with the source")?;
         }
         check(&tls.conn)?;
         Ok(Wire::new(Box::new(tls), silence))
@@ -133,7 +159,7 @@ impl Wire {
         loop {
             let kind = codec::read(self.io.get_mut(), &mut self.payload).map_err(|e| match e {
                 CodecError::Io(e) => self.lost(e),
-                CodecError::Truncated { .. } => anyhow!("the peer closed the connection: {e}"),
+                CodecError::Truncated { .. } => Lost(format!("the peer closed the connection: {e}")).into(),
                 e => anyhow!("the peer sent something that is no frame: {e}"),
             })?;
             self.received += (codec::HEADER_LEN + self.payload.len()) as u64;
@@ -196,13 +222,13 @@ impl Wire {
     fn lost(&self, e: io::Error) -> anyhow::Error {
         match e.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                anyhow!("the peer was silent for {} s", self.silence.as_secs())
+                Lost(format!("the peer was silent for {} s", self.silence.as_secs())).into()
             }
             // no connection ends like this, only a checkpoint file
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 anyhow!("writing the checkpoint file: {e}")
             }
-            _ => anyhow!("the connection to the peer broke: {e}"),
+            _ => Lost(format!("the connection to the peer broke: {e}")).into(),
         }
     }
 }

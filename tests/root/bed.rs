@@ -137,9 +137,10 @@ impl Bed {
         self.nodes(["exec", node.name()].iter().chain(args))
     }
 
-    /// Runs a command in a node, whatever it ends with.
+    /// Runs a command in a node, whatever it ends with. One that hangs (ctr does when its stdin ends too early) ends with 124.
     pub fn run(&self, node: Node, args: &[&str]) -> Result<Output> {
-        self.command(node, args).output().with_context(|| format!("{args:?} in node {}", node.name()))
+        let guarded: Vec<_> = ["timeout", "-k", "2", "90"].iter().chain(args).copied().collect();
+        self.command(node, &guarded).output().with_context(|| format!("{args:?} in node {}", node.name()))
     }
 
     /// Runs a command in a node, which must succeed; what it printed.
@@ -180,10 +181,10 @@ impl Bed {
         self.hack(["agent", node.name(), "start"]).map(drop)
     }
 
-    /// What containers left behind in either node; empty lines are not findings.
-    pub fn leaks(&self) -> Result<Vec<String>> {
+    /// What containers left behind in these nodes; empty lines are not findings.
+    pub fn leaks(&self, nodes: &[Node]) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        for node in Node::ALL {
+        for &node in nodes {
             let text = self.hack(["leaks", node.name()])?;
             found.extend(text.lines().map(|l| format!("node {}: {l}", node.name())));
         }
@@ -192,9 +193,18 @@ impl Bed {
 
     /// Fails unless both nodes become clean soon.
     pub fn expect_clean(&self) -> Result<()> {
+        self.expect_clean_nodes(&Node::ALL)
+    }
+
+    /// Fails unless this node becomes clean soon.
+    pub fn expect_clean_node(&self, node: Node) -> Result<()> {
+        self.expect_clean_nodes(&[node])
+    }
+
+    fn expect_clean_nodes(&self, nodes: &[Node]) -> Result<()> {
         let start = Instant::now();
         loop {
-            let leaks = self.leaks()?;
+            let leaks = self.leaks(nodes)?;
             if leaks.is_empty() {
                 return Ok(());
             }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        mpsc::{Receiver, TryRecvError, channel},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel},
     },
     time::Duration,
 };
@@ -21,7 +21,7 @@ use crate::{
     container::{Container, Origin},
     io::{Carry, ProcessIo, StdioKinds},
     reaper::Mark,
-    runc::{RestoreArgs, read_pid},
+    runc::{RestoreArgs, RuncError, read_pid},
     stdio::Opened,
 };
 
@@ -112,10 +112,12 @@ impl DestinationTask for Arriving {
             Ok(Err(e)) => {
                 // runc's own words say little ("type NOTIFY errno 0"): CRIU's first error line says what it was
                 let log = self.work_dir().join("restore.log");
-                let why = criu::log::first_error_in(&log);
-                Some(Err(match why {
-                    Some(found) => anyhow!("{e:#}; CRIU: {found}"),
-                    None => e,
+                let said = e
+                    .downcast_ref::<RuncError>()
+                    .map_or_else(|| format!("{e:#}"), |e| e.explain("runc restore"));
+                Some(Err(match criu::log::first_error_in(&log) {
+                    Some(found) => anyhow!("{said}; CRIU: {found}"),
+                    None => anyhow!("{said}"),
                 }))
             }
             Err(TryRecvError::Empty) => None,
@@ -147,7 +149,7 @@ impl DestinationTask for Arriving {
         let runtime = &c.shared.runtime;
         if let Some(ended) = self.ended.take() {
             // the gates refuse, so that CRIU kills what it has restored and runc ends by itself
-            if ended.recv_timeout(Duration::from_secs(30)).is_err() {
+            if matches!(ended.recv_timeout(Duration::from_secs(30)), Err(RecvTimeoutError::Timeout)) {
                 log::error!("{}: runc restore does not end", c.id);
             }
             runtime

@@ -153,15 +153,16 @@ fn send(
             Ok(Some(report))
         }
         Ok(Outcome::Undecided(still, message)) => {
-            let peer = request.peer.clone();
-            slot.end(MigrationState::Undecided { migration_id, peer });
+            let (peer, address) = (request.peer.clone(), request.address.clone());
             slot.state().undecided = Some(still);
+            slot.end(MigrationState::Undecided { migration_id, peer, address });
             say(Event::Undecided { message });
             Ok(None)
         }
         Err(e) => {
             slot.end(MigrationState::Idle);
-            Err(failure_of(&e, "send", &request.node).into())
+            // what has no phase yet failed before the first one
+            Err(failure_of(&e, "connect", &request.node).into())
         }
     }
 }

@@ -5,26 +5,29 @@ mod checkpoint_file;
 mod cli_ps;
 mod ctr_checkpoint;
 mod ctr_tasks;
+mod files_appended;
+mod files_layer;
+mod files_open;
+mod move_image;
+mod move_normal;
+mod move_others;
+mod move_processes;
 mod moving;
 mod net_config;
 mod net_connections;
+mod stdio_attached;
+mod stdio_moves;
 mod tasks;
+mod trouble_commit;
+mod trouble_deaths;
+mod trouble_dump;
+mod trouble_files;
+mod trouble_peers;
+mod trouble_refused;
 
 use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [
-        tasks::ALL,
-        moving::ALL,
-        net_connections::ALL,
-        net_config::ALL,
-        checkpoint_file::ALL,
-        checkpoint_errors::ALL,
-        cli_ps::ALL,
-        ctr_checkpoint::ALL,
-        ctr_tasks::ALL,
-    ]
-    .into_iter()
-    .flatten()
+    [checkpoint_errors::ALL, checkpoint_file::ALL, cli_ps::ALL, ctr_checkpoint::ALL, ctr_tasks::ALL, files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, stdio_attached::ALL, stdio_moves::ALL, tasks::ALL, trouble_commit::ALL, trouble_deaths::ALL, trouble_dump::ALL, trouble_files::ALL, trouble_peers::ALL, trouble_refused::ALL].into_iter().flatten()
 }
