@@ -70,7 +70,8 @@ impl Publisher {
         Publisher { queue, namespace: namespace.to_string() }
     }
 
-    /// Queues an event, one of containerd's task events (`containerd.events.*`). Never waits.
+    /// Queues an event, one of containerd's task events (`containerd.events.*`), under a topic of
+    /// [`containerd_shim_protos::topics`]. Never waits.
     pub fn publish<M: Message>(&self, topic: &str, event: M) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
@@ -205,14 +206,13 @@ mod tests {
         api::Empty,
         events::task::{TaskExit, TaskStart},
         shim_async::{Events, create_events},
+        topics,
         ttrpc::{
             r#async::TtrpcContext,
             asynchronous::{Server, transport::Listener},
         },
     };
     use tokio::sync::mpsc;
-
-    use containerd_shim_protos::topics;
 
     use super::*;
 

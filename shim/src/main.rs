@@ -22,6 +22,7 @@ mod bootstrap;
 mod bundle;
 mod checkpoint;
 mod command;
+#[allow(dead_code)] // until migration.rs moves terminals
 mod console;
 mod container;
 mod control;
@@ -31,6 +32,7 @@ mod events;
 mod exec;
 mod group;
 mod hooks;
+#[allow(dead_code, unused_imports)] // until migration.rs moves streams
 mod io;
 mod lifecycle;
 mod migration;

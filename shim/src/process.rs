@@ -117,6 +117,10 @@ impl Process {
                 inner.state = State::Stopped;
             }
         }
+        // a client waits for the end of a terminal's output before it asks for the delete
+        if let Some(io) = self.io() {
+            io.process_exited();
+        }
         self.exit.send_replace(Some(Exited { status: exit.status, at: Some(exit.at) }));
     }
 

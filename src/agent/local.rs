@@ -99,6 +99,10 @@ async fn try_checkpoint(
     let Some(task) = task.filter(|t| matches!(t.status, Status::Running | Status::Paused)) else {
         return Err(ErrorReport::new(ExitCode::NotRunning, format!("{id} does not run")));
     };
+    if task.status == Status::Paused {
+        let error = ErrorReport::new(ExitCode::NotRunning, format!("{id} is paused"));
+        return Err(error.advice(format!("resume it: ctr -n {} task resume {id}", request.namespace)));
+    }
     let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
         ErrorReport::new(ExitCode::Refused, format!("{id} does not run under transship: {error:#}"))
     })?;

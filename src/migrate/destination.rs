@@ -29,7 +29,7 @@ use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::{net, tls};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
@@ -189,8 +189,10 @@ fn take(
     wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
     fault::point("restoring");
     phase(clock, "criu restore");
+    let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
     wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
+    drop(times);
 
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;

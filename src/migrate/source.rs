@@ -33,7 +33,7 @@ use crate::control::{Event, Limits, RUN_DIR};
 use crate::criu::options::{Facts, dump_options};
 use crate::criu::{self, Criu, DumpRequest};
 use crate::net;
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{KeptTimes, WritableLayer};
 
 /// What the source needs of the shim's container.
 pub trait SourceTask: Send {
@@ -110,11 +110,12 @@ impl Still {
         unfenced.context("lifting the fence (the container runs, its network is still fenced)")
     }
 
-    fn gone(mut self) -> Result<()> {
+    /// Kills the frozen tasks; not a packet of theirs gets out. The fence stays: where the container lives on under the same
+    /// addresses, nothing here may answer for them until the agent removes the netns.
+    fn gone(&mut self) -> Result<()> {
         self.armed = false;
-        // the fence stays for as long as this network does: the sockets of the killed tasks try for minutes to tell their peers
-        // that they are closed, and these peers speak with the destination now
-        self.task.kill().context("killing the frozen copy after the move")
+        net::silence(self.freezer.pids().unwrap_or_default());
+        self.task.kill().context("killing the frozen copy")
     }
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
@@ -182,7 +183,7 @@ fn try_send(
     wire.expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     wire.json(Kind::Manifest, &prepared.manifest(&*task, Value::Null))?;
     wire.flush()?;
-    let (still, mut report) = freeze_and_stream(wire, task, prepared, options, abort, clock, events)?;
+    let (mut still, mut report) = freeze_and_stream(wire, task, prepared, options, abort, clock, events)?;
     phase(clock, "restore");
     let restored =
         wire.expect::<Restored>(Kind::Restored).context("waiting for the destination's restore")?;
@@ -238,6 +239,8 @@ pub fn checkpoint(
         clock.phase("sync");
         wire.close().context("writing the checkpoint to disk")?;
         still.gone()?;
+        // nobody else has these addresses: the netns is its owner's again
+        net::unfence(still.netns.as_fd()).context("lifting the fence")?;
     } else {
         still.roll_back()?;
         clock.phase("sync");
@@ -255,6 +258,7 @@ struct Prepared {
     netns: OwnedFd,
     dir: ImagesDir,
     layer: WritableLayer,
+    rootfs: PathBuf,
     opts: criu::rpc::CriuOpts,
     descriptors: [String; 3],
 }
@@ -279,7 +283,16 @@ impl Prepared {
         };
         let opts = dump_options(&spec, &facts, &limits).context("preparing CRIU's dump")?;
         let descriptors = criu::stdio::descriptors(Some(&task.runc_state()), pid)?;
-        Ok(Prepared { criu, freezer, netns, dir, layer: task.layer()?, opts, descriptors })
+        Ok(Prepared {
+            criu,
+            freezer,
+            netns,
+            dir,
+            layer: task.layer()?,
+            rootfs: task.rootfs(),
+            opts,
+            descriptors,
+        })
     }
 
     fn manifest(&self, task: &dyn SourceTask, container: Value) -> Manifest {
@@ -306,7 +319,7 @@ fn freeze_and_stream(
     clock: &mut Clock,
     events: &dyn Fn(Event),
 ) -> Result<(Still, Report)> {
-    let Prepared { criu, freezer, netns, dir, layer, opts, descriptors } = prepared;
+    let Prepared { criu, freezer, netns, dir, layer, rootfs, opts, descriptors } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| {
         clock.borrow_mut().phase(name);
@@ -323,11 +336,13 @@ fn freeze_and_stream(
 
     phase("dump");
     let (images, work) = (dir.0.join(IMAGES), dir.0.join(WORK));
+    let times = KeptTimes::of(&rootfs);
     let shown = Cell::new(0);
     let sender = RefCell::new(Sender::new(wire));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
         phase("layer");
+        times.put_back();
         sender.borrow_mut().layer(&layer)?;
         phase("dump end");
         Ok(())
@@ -350,6 +365,7 @@ fn freeze_and_stream(
         }
         go_on()
     });
+    drop(times);
     let mut sender = sender.into_inner();
     let streamed = dumped.and_then(|_| {
         phase("files");

@@ -224,6 +224,10 @@ impl Wire {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                 Lost(format!("the peer was silent for {} s", self.silence.as_secs())).into()
             }
+            // no connection ends like this, only a checkpoint file
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                anyhow!("writing the checkpoint file: {e}")
+            }
             _ => Lost(format!("the connection to the peer broke: {e}")).into(),
         }
     }

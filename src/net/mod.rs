@@ -13,6 +13,7 @@
 //! | [`fence`] | nothing in, nothing out, by a handmade nftables transaction ([`nft`]) |
 //! | [`announce`] | gratuitous ARP and unsolicited neighbour advertisements ([`packets`]) |
 //! | [`kick`] | peers whose retransmission timers have backed off are made to send at once |
+//! | [`silence`] | the sockets of a container that has moved end without FIN or RST |
 //! | [`repair`] | TCP sockets of other processes, examined from outside |
 //! | [`wire`], [`socket`] | netlink messages and a blocking netlink socket |
 //!
@@ -46,6 +47,7 @@ mod packets;
 mod port;
 mod repair;
 mod routes;
+pub mod silence;
 mod socket;
 mod sysctl;
 mod wire;
@@ -57,6 +59,7 @@ pub use config::NetConfig;
 pub use fence::{fence, is_fenced, unfence};
 pub use kick::Kick;
 pub use netns::{inode, netns_of_pid, open};
+pub use silence::silence;
 
 #[cfg(test)]
 mod tests;

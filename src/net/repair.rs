@@ -102,6 +102,14 @@ pub fn examine(socket: &OwnedFd, netns_cookie: Option<u64>) -> Option<Connection
     }
 }
 
+/// Puts a TCP socket (not a listening one) into repair mode.
+pub fn enter(socket: &OwnedFd) -> io::Result<()> {
+    if number(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)? != libc::IPPROTO_TCP {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    set(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)
+}
+
 /// The next expected sequence number, read in repair mode.
 fn rcv_nxt(socket: &OwnedFd) -> io::Result<u32> {
     let tcp = libc::IPPROTO_TCP;

@@ -10,6 +10,7 @@
 //! | [`xattr`] | which extended attributes travel, which stay, which stop the move |
 //! | [`mod@capture`] | a directory read into a [`Sink`] |
 //! | [`apply`] | a [`Sink`] that writes a directory |
+//! | [`times`] | what CRIU's own work in the root must not change |
 //! | [`diff`] | two directories compared entry by entry (tests, doctor) |
 //! | [`testing`] | random layers through a real overlay mount, moved and compared |
 //!
@@ -32,6 +33,7 @@ mod sys;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+pub mod times;
 pub mod wire;
 pub mod xattr;
 
@@ -40,6 +42,7 @@ pub use capture::{CaptureOptions, capture};
 pub use diff::{CompareOptions, Difference, compare};
 pub use entry::{Entry, Kind, Meta, Time, Totals, Xattr};
 pub use layer::{LayerKind, MountSpec, WritableLayer};
+pub use times::KeptTimes;
 pub use xattr::OverlayXattrs;
 
 use anyhow::Result;

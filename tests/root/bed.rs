@@ -180,10 +180,10 @@ impl Bed {
         self.hack(["agent", node.name(), "start"]).map(drop)
     }
 
-    /// What containers left behind in either node; empty lines are not findings.
-    pub fn leaks(&self) -> Result<Vec<String>> {
+    /// What containers left behind in these nodes; empty lines are not findings.
+    pub fn leaks(&self, nodes: &[Node]) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        for node in Node::ALL {
+        for &node in nodes {
             let text = self.hack(["leaks", node.name()])?;
             found.extend(text.lines().map(|l| format!("node {}: {l}", node.name())));
         }
@@ -192,9 +192,18 @@ impl Bed {
 
     /// Fails unless both nodes become clean soon.
     pub fn expect_clean(&self) -> Result<()> {
+        self.expect_clean_nodes(&Node::ALL)
+    }
+
+    /// Fails unless this node becomes clean soon.
+    pub fn expect_clean_node(&self, node: Node) -> Result<()> {
+        self.expect_clean_nodes(&[node])
+    }
+
+    fn expect_clean_nodes(&self, nodes: &[Node]) -> Result<()> {
         let start = Instant::now();
         loop {
-            let leaks = self.leaks()?;
+            let leaks = self.leaks(nodes)?;
             if leaks.is_empty() {
                 return Ok(());
             }

@@ -97,6 +97,17 @@ pub fn wait_log(bed: &Bed, id: &str, text: &str) -> Result<()> {
     })
 }
 
+/// Its root file system without what is mounted in it, as this process reaches it.
+pub fn rootfs(bed: &Bed, node: Node, id: &str) -> Result<PathBuf> {
+    bed.path(node, &format!("/run/containerd/io.containerd.runtime.v2.task/default/{id}/rootfs"))
+}
+
+/// The content of a file in a container.
+pub fn file(bed: &Bed, node: Node, id: &str, path: &str) -> Result<Vec<u8>> {
+    let path = rootfs(bed, node, id)?.join(path.trim_start_matches('/'));
+    std::fs::read(&path).with_context(|| path.display().to_string())
+}
+
 /// Runs a command in a running container.
 pub fn exec(bed: &Bed, node: Node, id: &str, command: &[&str]) -> Result<Output> {
     let unique = format!("x{}", std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos());

@@ -6,8 +6,11 @@
 //! | `bed.rs` | the two nodes: up, down, commands in them, logs, the check for leaks |
 //! | `container.rs` | containers, pods and images through ctr |
 //! | `client.rs` | the redis client outside of the nodes |
+//! | `manifest.rs` | what a directory tree holds, to be compared later |
 //! | `moves.rs` | migrations through the command line |
+//! | `output.rs` | what a container that moves has written, on either node |
 //! | `trouble.rs` | a container that must not notice, the shape of errors, faults |
+//! | `transship.rs` | the command `transship`, with --json |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -18,11 +21,14 @@
 mod bed;
 mod client;
 mod container;
+mod manifest;
 mod moves;
+mod output;
 mod requirements;
 mod scenarios;
 mod traffic;
 mod trouble;
+mod transship;
 
 use std::sync::{Arc, Mutex};
 

@@ -198,3 +198,16 @@ fn write_now(fd: &Watched, bytes: &[u8]) -> io::Result<usize> {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn carried_bytes_go_before_pending_ones() {
+        let mut flow = Flow::new(Source::Silent, Sink::Nowhere, false, None);
+        (flow.pending, flow.from) = (b"old new".to_vec(), 4);
+        flow.put_first(b"first ".to_vec());
+        assert_eq!((&flow.pending[..], flow.from), (&b"first new"[..], 0));
+    }
+}

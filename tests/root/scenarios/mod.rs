@@ -1,5 +1,14 @@
 //! The scenarios, one subject per file. To add one: write a function over a [`Bed`](crate::bed::Bed) and list it in its file's `ALL`.
 
+mod checkpoint_errors;
+mod checkpoint_file;
+mod files_appended;
+mod files_layer;
+mod files_open;
+mod move_image;
+mod move_normal;
+mod move_others;
+mod move_processes;
 mod moving;
 mod net_config;
 mod net_connections;
@@ -15,13 +24,5 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    let trouble = [
-        trouble_refused::ALL,
-        trouble_peers::ALL,
-        trouble_dump::ALL,
-        trouble_deaths::ALL,
-        trouble_commit::ALL,
-        trouble_files::ALL,
-    ];
-    [tasks::ALL, moving::ALL, net_connections::ALL, net_config::ALL].into_iter().chain(trouble).flatten()
+    [checkpoint_errors::ALL, checkpoint_file::ALL, files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, tasks::ALL, trouble_commit::ALL, trouble_deaths::ALL, trouble_dump::ALL, trouble_files::ALL, trouble_peers::ALL, trouble_refused::ALL].into_iter().flatten()
 }

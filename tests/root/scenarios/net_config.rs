@@ -46,9 +46,10 @@ const UNUSUAL: &str = "
 /// All that `ip` and the sysctls tell of a namespace, one thing a line, without what differs between two equal ones. Nor `nodad`:
 /// an address that moves is known to be nobody else's.
 const TELL: &str = "
-    ip -n n1 -d link show | sed -E 's/(if|link-netns(id)? |minmtu |numtxqueues |gso_max_)[^ ]*//g'
+    ip -n n1 -d link show | sed -E 's/@if[0-9]+//; s/(link-netns(id)? |minmtu |numtxqueues |gso_max_)[^ ]*//g'
     until ! ip -n n1 addr show | grep -q tentative; do sleep 0.05; done
-    ip -n n1 addr show | grep -E 'inet|mtu' | sed 's/ nodad//'
+    ip -n n1 -4 addr show | grep inet
+    ip -n n1 -6 addr show | grep inet | sed 's/ nodad//' | sort
     for f in -4 -6; do ip -n n1 $f route show table all | sort; ip -n n1 $f rule show; done
     ip -n n1 neigh show nud permanent
     ip netns exec n1 sh -c \"cd /proc/sys/net && grep -rs '' . | grep -vE 'nf_conntrack_count|/nr_|stable_secret|/route/flush|bridge/|_table|dev_weight|netfilter/nf_log|/flush:'\" | sort";

@@ -33,7 +33,7 @@ fn damaged(bed: &Bed) -> Result<()> {
     container::unpod(bed, Node::A, "t1")?;
     let bytes = std::fs::read(&good)?;
     let bad = path("bad.ts");
-    let mut refused = |what: &str, bytes: &[u8]| -> Result<()> {
+    let refused = |what: &str, bytes: &[u8]| -> Result<()> {
         std::fs::write(&bad, bytes)?;
         let outcome = transship(bed, Node::B, &["restore", &bad])?;
         failed(&outcome, 12, &["bad.ts"]).map_err(|e| e.context(what.to_owned()))?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
-use rustls::{ClientConnection, ServerConnection, StreamOwned};
+use rustls::{ServerConnection, StreamOwned};
 use transship::migrate::wire::{FrameSink, Wire};
 use transship::migrate::{codec::Kind, protocol};
 use transship::tls::{self, cert, config};
