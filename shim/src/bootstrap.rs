@@ -260,7 +260,6 @@ pub fn delete(flags: &Flags) -> Result<()> {
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }
-    remove_dead_socket(&bundle);
     let pid = runc::read_pid(&bundle.join("init.pid")).unwrap_or_else(|e| {
         eprintln!("{e:#}");
         0
@@ -273,15 +272,6 @@ pub fn delete(flags: &Flags) -> Result<()> {
     };
     let bytes = response.write_to_bytes().context("encode the answer")?;
     io::stdout().write_all(&bytes).context("answer containerd")
-}
-
-/// A shim that was killed leaves its socket behind. One that still answers serves the rest of the pod.
-fn remove_dead_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
-    let path = socket_path(address.trim());
-    if UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
-        let _ = fs::remove_file(path);
-    }
 }
 
 /// `-info`: prints what this runtime is and can do.
