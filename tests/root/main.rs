@@ -27,8 +27,8 @@ mod output;
 mod requirements;
 mod scenarios;
 mod traffic;
-mod trouble;
 mod transship;
+mod trouble;
 
 use std::sync::{Arc, Mutex};
 
