@@ -32,12 +32,9 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
     [
         checkpoint_errors::ALL,
         checkpoint_file::ALL,
-<<<<<<< HEAD
         cli_ps::ALL,
         ctr_checkpoint::ALL,
         ctr_tasks::ALL,
-=======
->>>>>>> refs/heads/criu
         files_appended::ALL,
         files_layer::ALL,
         files_open::ALL,
@@ -48,11 +45,8 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         moving::ALL,
         net_config::ALL,
         net_connections::ALL,
-<<<<<<< HEAD
         stdio_attached::ALL,
         stdio_moves::ALL,
-=======
->>>>>>> refs/heads/criu
         tasks::ALL,
         trouble_commit::ALL,
         trouble_deaths::ALL,
