@@ -29,8 +29,8 @@ mod requirements;
 mod scenarios;
 mod service;
 mod traffic;
-mod trouble;
 mod transship;
+mod trouble;
 
 use std::sync::{Arc, Mutex};
 

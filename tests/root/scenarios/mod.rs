@@ -29,5 +29,32 @@ use crate::Scenario;
 
 /// Every scenario, in the order in which they run.
 pub fn all() -> impl Iterator<Item = &'static Scenario> {
-    [checkpoint_errors::ALL, checkpoint_file::ALL, cli_ps::ALL, ctr_checkpoint::ALL, ctr_tasks::ALL, files_appended::ALL, files_layer::ALL, files_open::ALL, move_image::ALL, move_normal::ALL, move_others::ALL, move_processes::ALL, moving::ALL, net_config::ALL, net_connections::ALL, stdio_attached::ALL, stdio_moves::ALL, tasks::ALL, trouble_commit::ALL, trouble_deaths::ALL, trouble_dump::ALL, trouble_files::ALL, trouble_peers::ALL, trouble_refused::ALL].into_iter().flatten()
+    [
+        checkpoint_errors::ALL,
+        checkpoint_file::ALL,
+        cli_ps::ALL,
+        ctr_checkpoint::ALL,
+        ctr_tasks::ALL,
+        files_appended::ALL,
+        files_layer::ALL,
+        files_open::ALL,
+        move_image::ALL,
+        move_normal::ALL,
+        move_others::ALL,
+        move_processes::ALL,
+        moving::ALL,
+        net_config::ALL,
+        net_connections::ALL,
+        stdio_attached::ALL,
+        stdio_moves::ALL,
+        tasks::ALL,
+        trouble_commit::ALL,
+        trouble_deaths::ALL,
+        trouble_dump::ALL,
+        trouble_files::ALL,
+        trouble_peers::ALL,
+        trouble_refused::ALL,
+    ]
+    .into_iter()
+    .flatten()
 }
