@@ -51,7 +51,7 @@ impl<'a> Witness<'a> {
         let ping = ["timeout", "5", "ctr", "task", "exec", "--exec-id", "ping", id, "redis-cli", "ping"];
         let mut said = String::new();
         // the shim may still be at the end of its part
-        let answers = wait_for(Duration::from_secs(15), "an answer", || {
+        let answers = wait_for(Duration::from_secs(40), "an answer", || {
             let ping = bed.run(Node::A, &ping)?;
             said = format!("{ping:?}");
             Ok(ping.stdout.starts_with(b"PONG"))
