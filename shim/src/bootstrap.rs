@@ -138,6 +138,15 @@ fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<B
     Ok(None)
 }
 
+/// Removes the socket of a shim that was killed; one that answers (of a group that others are in) stays.
+fn remove_dead_socket(bundle: &Path) {
+    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
+    let path = socket_path(address.trim());
+    if UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
+        let _ = fs::remove_file(path);
+    }
+}
+
 fn socket_path(address: &str) -> &Path {
     Path::new(address.strip_prefix("unix://").unwrap_or(address))
 }
@@ -247,6 +256,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
         Err(e) => eprintln!("failed to remove runc container: {e}"),
     }
     remains::clear(&runc::root(&options, &flags.namespace), &flags.id, &bundle);
+    remove_dead_socket(&bundle);
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }
@@ -368,7 +378,12 @@ mod tests {
         let address = format!("unix://{}/s/x", dir.path().display());
         let first = bind(&address).unwrap().unwrap();
         assert!(bind(&address).unwrap().is_none());
+        fs::write(dir.path().join("address"), &address).unwrap();
+        remove_dead_socket(dir.path());
+        assert!(socket_path(&address).exists(), "it answers");
         drop(first);
         assert!(bind(&address).unwrap().is_some());
+        remove_dead_socket(dir.path());
+        assert!(!socket_path(&address).exists());
     }
 }

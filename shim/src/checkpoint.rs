@@ -79,7 +79,7 @@ impl Container {
         let stdio = self.open_stdio(&self.init).await.context("failed to create init process I/O")?;
         args.console_socket = stdio.console.as_ref().map(|c| c.path().to_path_buf());
         let restored = match self.runc.restore(&self.id, &args, stdio.child).await {
-            Ok(()) => self.attach_console(&self.init, stdio.console).await,
+            Ok(()) => self.begin_stdio(&self.init, stdio.console).await,
             Err(e) => Err(e),
         };
         if let Err(e) = restored {

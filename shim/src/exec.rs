@@ -130,7 +130,7 @@ impl Container {
         let socket = stdio.console.as_ref().map(|c| c.path());
         let run = self.runc.exec(&self.id, spec.path(), pid_file, socket, stdio.child).await;
         run.map_err(|e| explain(e, "OCI runtime exec failed"))?;
-        self.attach_console(process, stdio.console).await?;
+        self.begin_stdio(process, stdio.console).await?;
         Ok(runc::read_pid(pid_file).context("failed to retrieve OCI runtime exec pid")?)
     }
 

@@ -120,7 +120,7 @@ impl Container {
         };
         let run = self.runc.create(&self.id, &args, stdio.child).await;
         run.map_err(|e| explain(e, "OCI runtime create failed"))?;
-        self.attach_console(&self.init, stdio.console).await?;
+        self.begin_stdio(&self.init, stdio.console).await?;
         Ok(runc::read_pid(&self.runc.pid_file()).context("failed to retrieve OCI runtime container pid")?)
     }
 

@@ -51,7 +51,9 @@ impl Container {
             id: &process.id,
             owner: self.io_owner(),
             spawn: &spawn,
-            held: like.is_some(),
+            // Nothing is copied before runc has succeeded: what a failing runc says on the process' stderr stands in the error and is
+            // not the container's. A logging program reads its pipes by itself, and runc's words with them, as under the Go shim.
+            held: like.is_some() || !process.stdio.stdout.starts_with("binary"),
         };
         if like.map_or(process.stdio.terminal, StdioKinds::terminal) {
             let (io, console) = ProcessIo::open_console(&process.stdio, &self.bundle, &context).await?;
@@ -64,17 +66,13 @@ impl Container {
         Ok((io, Opened { child, console: None }))
     }
 
-    /// After runc has returned: takes the pty that it has sent.
-    pub(crate) async fn attach_console(
-        &self,
-        process: &Process,
-        console: Option<ConsoleSocket>,
-    ) -> Result<()> {
-        match (console, process.io()) {
-            (Some(console), Some(io)) => {
-                io.attach_console(console).await.context("failed to retrieve console master")
-            }
-            _ => Ok(()),
+    /// After runc has succeeded: takes the pty that it has sent, and starts copying.
+    pub(crate) async fn begin_stdio(&self, process: &Process, console: Option<ConsoleSocket>) -> Result<()> {
+        let Some(io) = process.io() else { return Ok(()) };
+        if let Some(console) = console {
+            io.attach_console(console).await.context("failed to retrieve console master")?;
         }
+        io.resume();
+        Ok(())
     }
 }

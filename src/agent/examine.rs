@@ -177,8 +177,7 @@ async fn inspect(
     if netns::is_host(task.pid) {
         return Err(ErrorReport::new(ExitCode::Refused, format!("{id} is in the network of {}", agent.node)));
     }
-    let own = containerd.task_pids(id).await.map_err(internal)?;
-    if let Some(other) = netns::shared_with(task.pid, &own) {
+    if let Some(other) = stranger(containerd, task).await.map_err(internal)? {
         return Err(ErrorReport::new(
             ExitCode::Refused,
             format!("{id} shares its network with others (process {other}), which would be cut off from it"),
@@ -186,6 +185,22 @@ async fn inspect(
         .advice("containers of one pod cannot be moved one by one"));
     }
     Ok(inspected)
+}
+
+/// A process in the task's network that is not the task's. The list of the task's processes is older than the look at
+/// /proc: a process that was only now forked is a stranger once, but not when the list is read again.
+async fn stranger(containerd: &Namespace, task: &Task) -> Result<Option<u32>> {
+    const LOOKS: usize = 5;
+    let mut own = containerd.task_pids(&task.id).await?;
+    let mut found = netns::shared_with(task.pid, &own);
+    for _ in 1..LOOKS {
+        if found.is_none() {
+            break;
+        }
+        own.extend(containerd.task_pids(&task.id).await?);
+        found = netns::shared_with(task.pid, &own);
+    }
+    Ok(found)
 }
 
 /// What the offer says of node, processes and network.

@@ -90,7 +90,7 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
         others.iter().find(|o| spec::namespace(&o.spec, "network") == SpecNamespace::At(path.clone()));
     if let Some(other) = shared {
         notes.push(format!(
-            "the network namespace {} stays: container {} has it too",
+            "the network namespace {} stays, fenced: container {} has it too",
             path.display(),
             other.id
         ));

@@ -39,6 +39,11 @@ struct Kept {
     source: String,
 }
 
+/// Between two questions to the destination.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Between two looks whether the operator has decided.
+const LOOK: Duration = Duration::from_millis(300);
+
 /// The most outcomes that are kept; the oldest go first.
 const MOST: usize = 4096;
 
@@ -96,19 +101,25 @@ pub struct Undecided {
 }
 
 impl Undecided {
-    /// Asks the destination once, and does what follows from its answer; `None` while it is still undecided.
-    /// `Some(Unknown)`: it was decided in another way.
-    pub async fn ask(&self, agent: &Agent) -> Result<Option<Fate>> {
-        let (namespace, id) = (self.containerd.name(), &self.record.id);
-        let state = control::client::inspect(namespace, id).await.map(|i| i.migration);
-        if !matches!(state, Ok(MigrationState::Undecided { .. })) {
-            return Ok(Some(Fate::Unknown));
+    async fn is_undecided(&self) -> bool {
+        let inspected = control::client::inspect(self.containerd.name(), &self.record.id).await;
+        inspected.is_ok_and(|i| matches!(i.migration, MigrationState::Undecided { .. }))
+    }
+
+    /// Ends when it was decided in another way.
+    async fn decided(&self) {
+        while self.is_undecided().await {
+            tokio::time::sleep(LOOK).await;
         }
-        let fate = self.question(agent).await?;
+    }
+
+    /// Does what follows from the destination's answer; false while there is none.
+    async fn settle(&self, fate: Fate) -> Result<bool> {
+        let (namespace, id) = (self.containerd.name(), &self.record.id);
         let decision = match fate {
             Fate::Runs => Decision::Moved,
             Fate::Aborted => Decision::Stay,
-            Fate::Unknown => return Ok(None),
+            Fate::Unknown => return Ok(false),
         };
         log::info!("{namespace}/{id}: {} says of migration {}: {fate:?}", self.to, self.migration);
         let mut events =
@@ -118,7 +129,23 @@ impl Undecided {
                 bail!(failure);
             }
         }
-        Ok(Some(fate))
+        Ok(true)
+    }
+
+    /// Asks for as long as the destination answers that it does not know yet, up to `limit`. `None`: it is
+    /// still undecided, or the destination did not answer.
+    pub async fn ask_soon(&self, agent: &Agent, limit: Duration) -> Option<Fate> {
+        let start = Instant::now();
+        loop {
+            let fate = tokio::time::timeout(limit, self.question(agent)).await.ok()?.ok()?;
+            if self.settle(fate).await.ok()? {
+                return Some(fate);
+            }
+            if start.elapsed() > limit {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     async fn question(&self, agent: &Agent) -> Result<Fate> {
@@ -133,43 +160,49 @@ impl Undecided {
         }
     }
 
-    /// Asks for as long as the destination answers that it does not know yet, up to the limit of silence. `None`: it is
-    /// still undecided, or the destination did not answer.
-    pub async fn ask_soon(&self, agent: &Agent) -> Option<Fate> {
-        let start = Instant::now();
-        loop {
-            match self.ask(agent).await {
-                Ok(None) if start.elapsed() < agent.config.silence(0) => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-                answer => return answer.ok().flatten(),
-            }
-        }
-    }
-
     /// Asks until it is decided, one way or another. [`Fate::Unknown`]: by the operator.
     pub async fn pursue(&self, agent: &Agent) -> Fate {
-        let pause = agent.config.silence(0).min(Duration::from_secs(2));
         loop {
-            match self.ask(agent).await {
+            // only the question can be given up: what follows from its answer is done whole
+            let answer = tokio::select! {
+                answer = self.question(agent) => answer,
+                () = self.decided() => return Fate::Unknown,
+            };
+            let settled = match answer {
+                Ok(fate) => self.settle(fate).await.map(|settled| settled.then_some(fate)),
+                Err(error) => Err(error),
+            };
+            match settled {
                 Ok(Some(fate)) => return fate,
                 Ok(None) => {}
                 Err(error) => log::debug!("asking {} for migration {}: {error:#}", self.to, self.migration),
             }
-            tokio::time::sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(PAUSE) => {}
+                () = self.decided() => return Fate::Unknown,
+            }
         }
     }
 }
 
-/// Goes on asking for what an earlier run of this agent left undecided.
+/// Goes on with what an earlier run of this agent did not see the end of: asks for what is undecided, removes what is left of
+/// containers that have moved.
 pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
     let containerd = Containerd::connect(&agent.config.containerd).await?;
     for namespace in containerd.namespaces().await? {
         let containerd = containerd.namespace(&namespace)?;
         for record in containerd.container_list().await?.into_iter().filter(super::ps::is_ours) {
             let Ok(inspected) = control::client::inspect(&namespace, &record.id).await else { continue };
-            let MigrationState::Undecided { migration_id, address, .. } = inspected.migration else {
-                continue;
+            let (migration_id, address) = match inspected.migration {
+                MigrationState::Undecided { migration_id, address, .. } => (migration_id, address),
+                MigrationState::Moved { .. } => {
+                    log::info!("leftover: {namespace}/{} has moved; removing what is left of it", record.id);
+                    for note in super::source::clean_up(&containerd, &record, true, false).await {
+                        log::info!("{namespace}/{}: {note}", record.id);
+                    }
+                    continue;
+                }
+                _ => continue,
             };
             log::warn!("{namespace}/{} is undecided; asking {address}", record.id);
             let undecided =

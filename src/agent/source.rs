@@ -213,7 +213,8 @@ fn code_of(failure: &Failure) -> ExitCode {
     match failure.phase.as_str() {
         phase if phase.contains("restore") => ExitCode::RestoreFailed,
         "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
-        "connect" => ExitCode::Unreachable,
+        // reached, but not let in
+        "connect" => ExitCode::Refused,
         _ => ExitCode::Failed,
     }
 }
@@ -320,7 +321,8 @@ async fn send(
                     migration: ready.migration.clone(),
                     to: request.to.clone(),
                 };
-                follow_undecided(agent, &undecided, message, &peer, reporter).await?;
+                let silence = agent.config.silence(request.silence_seconds);
+                follow_undecided(agent, &undecided, message, &peer, silence, reporter).await?;
                 return Ok(Some(early.unwrap_or_default()));
             }
             Some(control::Event::Done { report: measured }) => {
@@ -356,10 +358,11 @@ async fn follow_undecided(
     undecided: &Undecided,
     message: String,
     peer: &str,
+    silence: Duration,
     reporter: &mut Reporter,
 ) -> Outcome<()> {
     let id = &undecided.record.id;
-    let fate = match undecided.ask_soon(agent).await {
+    let fate = match undecided.ask_soon(agent, silence).await {
         Some(fate) => fate,
         None => {
             // the operator hears of it now; the asking goes on
@@ -386,7 +389,8 @@ async fn follow_undecided(
             Err(error)
         }
         Fate::Unknown => {
-            Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator")))
+            Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
+                .state("as the operator decided"))
         }
     }
 }

@@ -159,6 +159,7 @@ impl Criu {
                 if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
                     super::cgroup_image::strip(request.images_dir)?;
                 }
+                super::timerfd_image::rearm(request.images_dir)?;
                 Ok(stats)
             }
             other => {

@@ -64,7 +64,7 @@ impl fmt::Display for Finding {
 const HARMLESS: &[&str] = &[
     // Without CAP_SYS_RESOURCE.
     "Can't setup RLIMIT",
-    "rlimit",
+    "rlimit: ",
     "Can't set oom_score_adj",
     // kerndat probing for what a kernel lacks.
     "Can't open /proc/sys/vm/",

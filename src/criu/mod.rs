@@ -30,6 +30,7 @@ mod proof;
 pub mod rpc;
 pub mod stdio;
 pub mod swrk;
+mod timerfd_image;
 pub mod version;
 
 pub use dump::{DumpRequest, DumpStats};

@@ -15,7 +15,8 @@ const NEEDED: [(&str, bool, &str); 6] = [
         "CAP_SYS_RESOURCE",
         false,
         "oom scores cannot be lowered (CRI pods need restrict_oom_score_adj = true in containerd's CRI configuration), \
-         rlimits cannot be raised on restore, pipes stop at fs.pipe-max-size",
+         rlimits cannot be raised on restore, pipes stop at fs.pipe-max-size, and CRIU cannot dump containers whose \
+         processes run as another user than root",
     ),
 ];
 

@@ -42,7 +42,9 @@ mod tests {
         };
         let (ours, mut peer) = connect();
         match repair::enter(&ours) {
-            Err(e) if e.kind() == ErrorKind::PermissionDenied => return eprintln!("SKIP: needs CAP_NET_ADMIN"),
+            Err(e) if e.kind() == ErrorKind::PermissionDenied => {
+                return eprintln!("SKIP: needs CAP_NET_ADMIN");
+            }
             entered => entered.unwrap(),
         }
         drop(ours);

@@ -63,20 +63,3 @@ pub fn migrate(bed: &Bed, id: &str, from: Node, to: Node) -> Result<Value> {
     ensure!(here.is_none(), "{id} still on node {}: {here:?}", from.name());
     Ok(outcome.json["report"].clone())
 }
-
-/// A move that must fail with exit status `code` and a message that has `text` in it; the source must run on and the
-/// destination know nothing.
-pub fn refused(bed: &Bed, id: &str, from: Node, to: &str, code: i32, text: &str) -> Result<()> {
-    let outcome = attempt(bed, id, from, to, &[])?;
-    let said = format!("{}{}", outcome.json, outcome.stderr);
-    ensure!(
-        outcome.code == code && said.contains(text),
-        "wanted exit {code} and {text:?}, got {}: {said}",
-        outcome.code
-    );
-    let here = container::status(bed, from, id)?;
-    ensure!(here.as_deref() == Some("RUNNING"), "the source is {here:?}");
-    let there = bed.ok(from.other(), &["ctr", "container", "ls", "-q"])?;
-    ensure!(!there.lines().any(|l| l == id), "the destination kept the container");
-    Ok(())
-}

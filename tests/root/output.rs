@@ -44,14 +44,25 @@ pub fn forget(bed: &Bed, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Fails unless the lines that start with `prefix` are `PREFIX 1`, `PREFIX 2`, ... with none missing, twice or torn; how many.
-pub fn in_order(text: &str, prefix: &str) -> Result<u64> {
+/// What `ts-probe flood` wrote, both streams mixed in any way: fails unless each of them is 1, 2, 3 ... with nothing missing,
+/// twice or torn, and both equally long; the last number.
+pub fn flood(text: &str) -> Result<u64> {
+    let (digits, letters): (String, String) = text.chars().partition(|c| c.is_ascii_digit() || *c == '\n');
+    let out = counts(&digits, '\n').context("stdout")?;
+    let digit = |c| if c == ';' { c } else { char::from((c as u8).wrapping_sub(b'a' - b'0')) };
+    let err = counts(&letters.chars().map(digit).collect::<String>(), ';').context("stderr")?;
+    ensure!(out == err, "stdout ends with {out}, stderr with {err}");
+    Ok(out)
+}
+
+/// Fails unless the numbers, each followed by `end`, are 1, 2, 3 ...; the last one.
+pub fn counts(text: &str, end: char) -> Result<u64> {
     let mut last = 0;
-    for line in text.lines() {
-        let Some(number) = line.strip_prefix(prefix).and_then(|l| l.strip_prefix(' ')) else { continue };
-        ensure!(number.parse() == Ok(last + 1), "after \"{prefix} {last}\" comes {line:?}");
+    for number in text.split_terminator(end) {
+        ensure!(number.parse() == Ok(last + 1), "after {last} comes {number:?}");
         last += 1;
     }
+    ensure!(text.is_empty() || text.ends_with(end), "the last number is torn");
     Ok(last)
 }
 

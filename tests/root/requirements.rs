@@ -52,3 +52,12 @@ pub fn missing(containerd: Containerd, needs: Needs) -> Option<String> {
             ours.then(shim).flatten().or_else(client)
         })
 }
+
+/// Whether CRIU can read the resource limits of processes of other users here, which takes CAP_SYS_RESOURCE (prlimit(2)).
+pub fn may_read_limits() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let set = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    set.and_then(|s| u64::from_str_radix(s.trim(), 16).ok())
+        .is_some_and(|set| set >> CAP_SYS_RESOURCE & 1 == 1)
+}

@@ -49,8 +49,14 @@ impl<'a> Witness<'a> {
         let pid = container::pid(bed, Node::A, id)?;
         ensure!(pid == self.pid, "{id} was process {}, is now {pid}", self.pid);
         let ping = ["timeout", "5", "ctr", "task", "exec", "--exec-id", "ping", id, "redis-cli", "ping"];
-        let ping = bed.run(Node::A, &ping)?;
-        ensure!(ping.stdout.starts_with(b"PONG"), "{id} does not answer: {ping:?}");
+        let mut said = String::new();
+        // the shim may still be at the end of its part
+        let answers = wait_for(Duration::from_secs(40), "an answer", || {
+            let ping = bed.run(Node::A, &ping)?;
+            said = format!("{ping:?}");
+            Ok(ping.stdout.starts_with(b"PONG"))
+        });
+        answers.map_err(|_| anyhow::anyhow!("{id} does not answer: {said}"))?;
         let rules = bed.ok(Node::A, &["ip", "netns", "exec", id, "nft", "list", "ruleset"])?;
         ensure!(rules.trim().is_empty(), "rules were left in the network of {id}: {rules}");
         let ours =
@@ -67,6 +73,15 @@ impl<'a> Witness<'a> {
 
     /// The client's verdict; then it is removed from the node where it runs.
     pub fn finish(self, node: Node) -> Result<Value> {
+        // a client whose peer was away waits longer and longer between its attempts
+        let mut last = None;
+        wait_for(Duration::from_secs(40), "the client goes on", || {
+            let line =
+                ["ctr", "task", "exec", "--exec-id", "count", self.id(), "redis-cli", "get", "counter"];
+            let now = self.bed.run(node, &line)?.stdout;
+            let before = last.replace(now.clone());
+            Ok(before.is_some_and(|before| before != now && !now.is_empty()))
+        })?;
         let report = self.client.finish_intact()?;
         moves::stop_redis(self.bed, node, &self.redis)?;
         Ok(report)

@@ -35,8 +35,8 @@ fn files_appended(bed: &Bed) -> Result<()> {
         ensure!(now > before, "nothing was written on node {}", to.name());
         before = now;
     }
-    // process 1 takes no TERM; the writers end after a whole line
-    bed.ok(Node::B, &["ctr", "task", "kill", "--all", "--signal", "TERM", id])?;
+    // the writers end after a whole line
+    container::exec(bed, Node::B, id, &["killall", "-TERM", "ts-probe"])?;
     wait_for(Duration::from_secs(10), "the writers' end", || {
         Ok(bed.ok(Node::B, &["ctr", "task", "ps", id])?.lines().count() == 2)
     })?;

@@ -2,6 +2,9 @@
 
 mod checkpoint_errors;
 mod checkpoint_file;
+mod cli_ps;
+mod ctr_checkpoint;
+mod ctr_tasks;
 mod files_appended;
 mod files_layer;
 mod files_open;
@@ -12,6 +15,8 @@ mod move_processes;
 mod moving;
 mod net_config;
 mod net_connections;
+mod stdio_attached;
+mod stdio_moves;
 mod tasks;
 mod trouble_commit;
 mod trouble_deaths;
@@ -27,6 +32,9 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
     [
         checkpoint_errors::ALL,
         checkpoint_file::ALL,
+        cli_ps::ALL,
+        ctr_checkpoint::ALL,
+        ctr_tasks::ALL,
         files_appended::ALL,
         files_layer::ALL,
         files_open::ALL,
@@ -37,6 +45,8 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         moving::ALL,
         net_config::ALL,
         net_connections::ALL,
+        stdio_attached::ALL,
+        stdio_moves::ALL,
         tasks::ALL,
         trouble_commit::ALL,
         trouble_deaths::ALL,

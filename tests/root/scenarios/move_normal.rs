@@ -42,11 +42,17 @@ fn every_task_command(bed: &Bed) -> Result<()> {
     traffic::expect_right(&traffic::inside(bed, "m1")?)?;
     bed.ok(on, &["ctr", "task", "kill", "--all", "--signal", "KILL", "m1"])?;
     container::wait_status(bed, on, "m1", "STOPPED")?;
-    // ctr ends as the container did
-    let removed = bed.run(on, &["ctr", "task", "rm", "m1"])?;
-    ensure!(removed.status.code() == Some(137), "{removed:?}");
+    expect_removed(bed, on, 137)?;
     // takes the snapshot; the agent takes the network (see Bed::expect_clean)
     bed.ok(on, &["ctr", "container", "rm", "m1"]).map(drop)
+}
+
+/// Removes the stopped task, which must have ended with this status.
+fn expect_removed(bed: &Bed, node: Node, status: i32) -> Result<()> {
+    let removed = bed.run(node, &["ctr", "task", "rm", "m1"])?;
+    let said = String::from_utf8_lossy(&removed.stderr);
+    ensure!(said.contains(&format!("exit code {status}")), "{removed:?}");
+    Ok(())
 }
 
 /// The exit of what moved here is told here, with its status, and by nobody else's.
@@ -60,8 +66,7 @@ fn exit_status(bed: &Bed) -> Result<()> {
         moves::migrate(bed, "m1", Node::A, Node::B)?;
         bed.ok(Node::B, &["ctr", "task", "kill", "--signal", "TERM", "m1"])?;
         container::wait_status(bed, Node::B, "m1", "STOPPED")?;
-        let removed = bed.run(Node::B, &["ctr", "task", "rm", "m1"])?;
-        ensure!(removed.status.code() == Some(7), "{removed:?}");
+        expect_removed(bed, Node::B, 7)?;
         bed.ok(Node::B, &["ctr", "container", "rm", "m1"])?;
         wait_for(Duration::from_secs(5), "the container's deletion among the events", || {
             Ok(std::fs::read_to_string(&file)?.contains("/containers/delete"))
@@ -84,11 +89,12 @@ fn checkpoint(bed: &Bed) -> Result<()> {
     traffic::start(bed, Node::A, "m1", &[], &["ts-probe", "memory", "4", "--every", "10"])?;
     traffic::wait_inside(bed, "m1", "memory round=2 wrong=0")?;
     moves::migrate(bed, "m1", Node::A, Node::B)?;
-    let images = "/run/move-checkpoint";
-    bed.ok(Node::B, &["ctr", "task", "checkpoint", "--image-path", images, "m1"])?;
-    let files = bed.ok(Node::B, &["ls", images])?;
-    ensure!(files.contains("inventory.img") && files.contains("pages-1.img"), "{files}");
-    bed.ok(Node::B, &["rm", "-r", images])?;
+    // without --image-path, which ctr passes to runc's own shim only
+    let image = bed.ok(Node::B, &["ctr", "task", "checkpoint", "m1"])?;
+    let image = image.trim();
+    let listed = bed.ok(Node::B, &["ctr", "images", "ls", "-q"])?;
+    ensure!(listed.lines().any(|l| l == image), "{image} is not among {listed}");
+    bed.ok(Node::B, &["ctr", "images", "rm", "--sync", image])?;
     // and it runs on
     let before = traffic::inside(bed, "m1")?.len();
     wait_for(Duration::from_secs(5), "it goes on", || Ok(traffic::inside(bed, "m1")?.len() > before))?;
@@ -111,7 +117,16 @@ fn leaves_the_name_free(bed: &Bed) -> Result<()> {
     // another one of the same name, the same pod, and another address
     container::pod(bed, Node::A, "m1", "10.77.7.2")?;
     sleep(Node::A)?;
-    moves::refused(bed, "m1", Node::A, Node::B.address(), 4, "m1")?;
+    let taken = moves::attempt(bed, "m1", Node::A, Node::B.address(), &[])?;
+    let said = taken.json.to_string();
+    ensure!(
+        taken.code == 5 && said.contains("a container m1 is there already"),
+        "exit {}: {said}",
+        taken.code
+    );
+    for node in Node::ALL {
+        ensure!(container::status(bed, node, "m1")?.as_deref() == Some("RUNNING"), "on node {}", node.name());
+    }
     container::delete(bed, Node::B, "m1")?;
     wait_for(Duration::from_secs(5), "the pod of node b is gone", || {
         Ok(!bed.ok(Node::B, &["ls", "/run/netns"])?.contains("m1"))

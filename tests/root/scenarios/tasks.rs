@@ -86,6 +86,8 @@ fn exec_in_a_running_task(bed: &Bed) -> Result<()> {
 }
 
 fn log_file(bed: &Bed) -> Result<()> {
+    // another scenario's container of that name may have left its lines
+    std::fs::remove_file(container::log_path(bed, "t1")?).ok();
     let probe = Run::new(bed, "t1", "probe").log()?;
     probe.args(&["ts-probe", "count", "--every", "10", "--stderr"]).start(Node::A)?;
     container::wait_log(bed, "t1", "out 5\n")?;

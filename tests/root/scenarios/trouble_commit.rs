@@ -17,6 +17,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "commit_aborted_there", needs: Needs::Migration, run: aborted_there },
     Scenario { name: "commit_resolved_to_run_here", needs: Needs::Migration, run: resolved_to_run_here },
     Scenario { name: "commit_resolved_as_moved", needs: Needs::Migration, run: resolved_as_moved },
+    Scenario { name: "commit_sources_agent_killed", needs: Needs::Migration, run: sources_agent_killed },
     Scenario {
         name: "commit_sources_agent_restarted",
         needs: Needs::Migration,
@@ -118,6 +119,21 @@ fn sources_agent_restarted(bed: &Bed) -> Result<()> {
     let listed = bed.ok(Node::A, &["transship", "ps"])?;
     ensure!(listed.contains("undecided"), "{listed}");
     drop(cut);
+    left(bed)?;
+    witness.finish(Node::B).map(drop)
+}
+
+fn sources_agent_killed(bed: &Bed) -> Result<()> {
+    let witness = Witness::start(bed, "w1")?;
+    let fault = Fault::at(bed, Node::B, "committed")?;
+    let attempt = Attempt::start(bed, "w1", &[])?;
+    fault.reached()?;
+    trouble::kill(bed, Node::A, AGENT)?;
+    drop(fault);
+    let outcome = attempt.finish()?;
+    ensure!(outcome.code == 10, "{}", outcome.json);
+    container::wait_status(bed, Node::B, "w1", "RUNNING")?;
+    trouble::restart(bed, Node::A)?;
     left(bed)?;
     witness.finish(Node::B).map(drop)
 }

@@ -38,20 +38,18 @@ pub fn stops() -> u32 {
 }
 
 /// Sleeps, but no longer than until the next of the two signals. Others do not end it, nor does a sleep that was cut short
-/// without any (CRIU does that to every sleep it restores).
+/// without any (CRIU does that to every sleep it restores). Time in which the process was frozen hardly counts: what is to
+/// happen in a pause gets its time.
 pub fn pause(duration: Duration) {
+    const STEP: Duration = Duration::from_millis(20);
     let signals = || (STOPS.load(Ordering::Relaxed), WAKES.load(Ordering::Relaxed));
-    let (before, end) = (signals(), Instant::now() + duration);
-    while signals() == before {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        let wait = libc::timespec {
-            tv_sec: left.as_secs() as libc::time_t,
-            tv_nsec: left.subsec_nanos() as libc::c_long,
-        };
+    let (before, mut left) = (signals(), duration);
+    while signals() == before && !left.is_zero() {
+        let step = left.min(STEP);
+        let wait = libc::timespec { tv_sec: 0, tv_nsec: step.as_nanos() as libc::c_long };
+        let start = Instant::now();
         // SAFETY: `wait` is a valid timespec, and the remaining time is not asked for.
         unsafe { libc::nanosleep(&wait, std::ptr::null_mut()) };
+        left -= start.elapsed().min(step);
     }
 }

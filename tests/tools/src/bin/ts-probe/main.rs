@@ -39,7 +39,7 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   appenders FILE N           N threads append lines `WRITER NUMBER` to one file, as fast as they can
   check-append FILE          print how many lines it has; fail unless they are 1, 2, 3 ...
   deleted FILE MB            a file that is open but deleted
-  flood [--lines N]          numbered lines on stdout and stderr as fast as they are taken
+  flood [--numbers N]        1, 2, 3 ... on stdout in digits, on stderr in letters, as fast as they are taken
   files DIR MB               files of pseudo-random content in DIR (a tmpfs, say)
   inotify DIR                a watched directory in which files are made
   locks DIR                  file locks of every kind

@@ -6,17 +6,20 @@ use transship_testtools::{args::Args, signals};
 
 use crate::say;
 
-/// Numbered lines on stdout and stderr as fast as they are taken. TERM ends it after a whole pair.
+/// Numbers as fast as they are taken, on stdout in digits and a line each, on stderr in letters (0 is `a`) and a semicolon each:
+/// both can be told apart byte by byte wherever they were mixed. TERM ends it after a whole pair.
 pub fn flood(args: &Args) -> Result<(), String> {
-    let stop = args.option_number("lines", u64::MAX)?;
+    let stop = args.option_number("numbers", u64::MAX)?;
     let (mut out, mut err) = (std::io::stdout().lock(), std::io::stderr().lock());
     for n in 1..=stop {
         if signals::stops() > 0 {
             break;
         }
-        // stdout is line-buffered: one write a line
-        writeln!(out, "out {n}").map_err(|e| format!("stdout: {e}"))?;
-        writeln!(err, "err {n}").map_err(|e| format!("stderr: {e}"))?;
+        // stdout is line-buffered: one write each
+        writeln!(out, "{n}").map_err(|e| format!("stdout: {e}"))?;
+        let letters: String =
+            n.to_string().bytes().map(|b| char::from(b - b'0' + b'a')).chain([';']).collect();
+        err.write_all(letters.as_bytes()).map_err(|e| format!("stderr: {e}"))?;
     }
     Ok(())
 }

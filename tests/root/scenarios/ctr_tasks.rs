@@ -1,0 +1,204 @@
+//! The Task API through ctr, where it is easy to differ from runc's shim: events and their order, a restart of containerd, a shim
+//! that is killed, limits, signals, terminals. All of it holds for runc's shim too.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::Scenario;
+use crate::bed::{Bed, Node, wait_for};
+use crate::container::{self, Run};
+use crate::requirements::{self, Needs};
+use crate::service;
+
+/// The scenarios of this file.
+pub const ALL: &[Scenario] = &[
+    Scenario { name: "ctr_events_as_with_runc", needs: Needs::Shim, run: events_as_with_runc },
+    Scenario { name: "ctr_signals", needs: Needs::Shim, run: signals },
+    Scenario { name: "ctr_update", needs: Needs::Shim, run: update },
+    Scenario { name: "ctr_exec_id_in_use", needs: Needs::Shim, run: exec_id_in_use },
+    Scenario { name: "ctr_terminal_size", needs: Needs::Shim, run: terminal_size },
+    Scenario { name: "ctr_containerd_restarts", needs: Needs::Shim, run: containerd_restarts },
+    Scenario { name: "ctr_shim_killed", needs: Needs::Shim, run: shim_killed },
+];
+
+/// A life with everything in it that tells containerd something.
+const LIFE: &str = r#"
+ctr events > /run/t1-events & e=$!
+sleep 0.5
+ctr run -d --null-io --runtime RUNTIME localhost/busybox:1 t1 sleep 1000
+ctr task exec --exec-id x1 t1 sh -c 'exit 3' || true
+ctr task exec --exec-id x2 t1 /no/such/program > /dev/null 2>&1 || true
+ctr task pause t1
+ctr task resume t1
+ctr task kill --signal KILL t1
+for i in $(seq 100); do ctr task ls | grep -q STOPPED && break; sleep 0.05; done
+ctr task rm t1 > /dev/null 2>&1
+ctr c rm t1
+sleep 0.5
+kill $e; wait $e || true
+cat /run/t1-events; rm /run/t1-events
+"#;
+
+/// Topics, and the exit statuses and ids in them, in order; times and pids differ from run to run.
+fn events_of_life(bed: &Bed, runtime: &str) -> Result<Vec<String>> {
+    let text = bed.sh(Node::A, &LIFE.replace("RUNTIME", runtime))?;
+    let mut events = Vec::new();
+    for line in text.lines() {
+        let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
+        let (topic, json) = rest.split_once(' ').unwrap_or((rest, ""));
+        let json: serde_json::Value = serde_json::from_str(json).with_context(|| line.to_owned())?;
+        let field = |name: &str| json[name].to_string();
+        events.push(format!(
+            "{topic} exec={} id={} status={}",
+            field("exec_id"),
+            field("id"),
+            field("exit_status")
+        ));
+    }
+    Ok(events)
+}
+
+fn events_as_with_runc(bed: &Bed) -> Result<()> {
+    let mut theirs = events_of_life(bed, "io.containerd.runc.v2")?;
+    let ours = events_of_life(bed, &requirements::runtime())?;
+    // runc's shim 2.1 mostly ends before its last event is sent; ours waits until it is
+    let last = |events: &[String]| events.last().is_some_and(|e| e.starts_with("delete "));
+    if !last(&theirs) && last(&ours) {
+        theirs.extend(ours.last().cloned());
+    }
+    ensure!(theirs.len() >= 8, "the events of runc's shim: {theirs:#?}");
+    ensure!(ours == theirs, "ours: {ours:#?}\nrunc's: {theirs:#?}");
+    Ok(())
+}
+
+fn signals(bed: &Bed) -> Result<()> {
+    // by name and by number, to the first process and to a session
+    let traps = "trap 'exit 21' USR1; trap 'exit 22' USR2; echo ready; while :; do sleep 0.05; done";
+    for (signal, status) in [("SIGUSR1", "21"), ("USR2", "22"), ("9", "137")] {
+        Run::new(bed, "t1", "busybox").log()?.args(&["sh", "-c", traps]).start(Node::A)?;
+        container::wait_log(bed, "t1", "ready\n")?;
+        std::fs::write(container::log_path(bed, "t1")?, "")?;
+        bed.ok(Node::A, &["ctr", "task", "kill", "--signal", signal, "t1"])?;
+        container::wait_status(bed, Node::A, "t1", "STOPPED")?;
+        let end = bed.run(Node::A, &["ctr", "task", "rm", "t1"])?;
+        let said = String::from_utf8_lossy(&end.stderr).into_owned();
+        ensure!(said.contains(&format!("exit code {status}")), "{signal}: {said}");
+        bed.ok(Node::A, &["ctr", "c", "rm", "t1"])?;
+    }
+    Run::new(bed, "t1", "busybox").options(&["--null-io"]).args(&["sleep", "1000"]).start(Node::A)?;
+    let line = ["ctr", "task", "exec", "--exec-id", "x1", "t1", "sleep", "1000"];
+    let mut session = bed.command(Node::A, &line).spawn()?;
+    wait_for(Duration::from_secs(5), "the session", || {
+        Ok(bed.ok(Node::A, &["ctr", "task", "ps", "t1"])?.lines().count() == 3)
+    })?;
+    bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "TERM", "--exec-id", "x1", "t1"])?;
+    ensure!(session.wait()?.code() == Some(143), "the session's end");
+    ensure!(container::status(bed, Node::A, "t1")?.as_deref() == Some("RUNNING"), "the signal hit more");
+    let bad = bed.run(Node::A, &["ctr", "task", "kill", "--signal", "NOSUCH", "t1"])?;
+    ensure!(!bad.status.success(), "no such signal");
+    container::delete(bed, Node::A, "t1")
+}
+
+fn update(bed: &Bed) -> Result<()> {
+    Run::new(bed, "t1", "busybox")
+        .options(&["--null-io", "--memory-limit", "67108864"])
+        .args(&["sleep", "1000"])
+        .start(Node::A)?;
+    service::update(bed, Node::A, "t1", r#"{"memory":{"limit":33554432},"pids":{"limit":77}}"#)?;
+    let metrics = bed.ok(Node::A, &["ctr", "task", "metrics", "t1"])?;
+    ensure!(metrics.contains("33554432"), "{metrics}");
+    let limit = "cat $(find /sys/fs/cgroup -path '*t1/pids.max' | head -1)";
+    let limit = bed.sh(Node::A, limit)?;
+    ensure!(limit.trim() == "77", "{limit}");
+    let bad = service::update(bed, Node::A, "t1", "{");
+    ensure!(bad.is_err(), "broken resources were accepted");
+    container::delete(bed, Node::A, "t1")
+}
+
+fn exec_id_in_use(bed: &Bed) -> Result<()> {
+    Run::new(bed, "t1", "busybox").options(&["--null-io"]).args(&["sleep", "1000"]).start(Node::A)?;
+    let line = ["ctr", "task", "exec", "--exec-id", "x1", "t1", "sleep", "1000"];
+    let mut session = bed.command(Node::A, &line).stderr(Stdio::null()).spawn()?;
+    wait_for(Duration::from_secs(5), "the session", || {
+        Ok(bed.ok(Node::A, &["ctr", "task", "ps", "t1"])?.lines().count() == 3)
+    })?;
+    let again = bed.run(Node::A, &["ctr", "task", "exec", "--exec-id", "x1", "t1", "true"])?;
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    ensure!(!again.status.success() && said.contains("x1"), "{again:?}");
+    // the end of the container ends the session too
+    bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "KILL", "t1"])?;
+    ensure!(session.wait()?.code() == Some(137), "the session's end");
+    container::wait_status(bed, Node::A, "t1", "STOPPED")?;
+    container::delete(bed, Node::A, "t1")
+}
+
+fn terminal_size(bed: &Bed) -> Result<()> {
+    // ctr passes on the size of its own terminal, at the start and at SIGWINCH
+    let runtime = requirements::runtime();
+    let inside = "for i in 1 2 3 4 5 6 7 8 9 10; do stty size; sleep 0.1; done";
+    let ctr = format!("ctr run --rm -t --runtime {runtime} localhost/busybox:1 t1 sh -c \"{inside}\"");
+    let outer = format!("stty rows 31 cols 97; (sleep 0.6; stty rows 17 cols 55 < /dev/tty) & {ctr}");
+    let text = bed.ok(Node::A, &["script", "-qec", &outer, "/dev/null"])?;
+    ensure!(text.contains("31 97") && text.contains("17 55"), "{text}");
+    Ok(())
+}
+
+/// Stops and starts containerd as a package upgrade would.
+const RESTART: &str = r#"
+p=$(pgrep -x containerd)
+kill $p
+for i in $(seq 200); do [ -d /proc/$p ] && ! grep -q '^State:.Z' /proc/$p/status || break; sleep 0.02; done
+DURING
+setsid containerd > /run/containerd-again.log 2>&1 < /dev/null &
+for i in $(seq 200); do ctr version > /dev/null 2>&1 && exit 0; sleep 0.05; done
+tail -20 /run/containerd-again.log; exit 1
+"#;
+
+fn containerd_restarts(bed: &Bed) -> Result<()> {
+    let counter = Run::new(bed, "t1", "probe").log()?;
+    counter.args(&["ts-probe", "count", "--every", "10"]).start(Node::A)?;
+    let trap = "trap 'exit 9' USR1; while :; do sleep 0.05; done";
+    Run::new(bed, "t2", "busybox").options(&["--null-io"]).args(&["sh", "-c", trap]).start(Node::A)?;
+    Run::new(bed, "t3", "busybox").options(&["--null-io"]).args(&["sleep", "1"]).start(Node::A)?;
+    container::wait_log(bed, "t1", "out 3\n")?;
+    let pids = [container::pid(bed, Node::A, "t1")?, container::pid(bed, Node::A, "t2")?];
+    // t3 ends while there is no containerd
+    bed.sh(Node::A, &RESTART.replace("DURING", "sleep 1.2"))?;
+    let after = [container::pid(bed, Node::A, "t1")?, container::pid(bed, Node::A, "t2")?];
+    ensure!(after == pids, "{pids:?} became {after:?}");
+    let lines = container::log(bed, "t1")?.lines().count();
+    container::wait_log(bed, "t1", &format!("out {}\n", lines + 3)).context("its output stopped")?;
+    let output = container::exec(bed, Node::A, "t2", &["echo", "hello"])?;
+    ensure!(output.stdout == b"hello\n", "{output:?}");
+    bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "USR1", "t2"])?;
+    container::wait_status(bed, Node::A, "t2", "STOPPED")?;
+    let end = bed.run(Node::A, &["ctr", "task", "rm", "t2"])?;
+    ensure!(String::from_utf8_lossy(&end.stderr).contains("exit code 9"), "its exit was lost: {end:?}");
+    bed.ok(Node::A, &["ctr", "c", "rm", "t2"])?;
+    // containerd itself removes a task that it finds without a process
+    wait_for(Duration::from_secs(5), "t3 is seen to have ended", || {
+        Ok(container::status(bed, Node::A, "t3")?.is_none_or(|s| s == "STOPPED"))
+    })?;
+    container::delete(bed, Node::A, "t3")?;
+    container::delete(bed, Node::A, "t1")
+}
+
+fn shim_killed(bed: &Bed) -> Result<()> {
+    Run::new(bed, "t1", "busybox").options(&["--null-io"]).args(&["sleep", "1000"]).start(Node::A)?;
+    bed.sh(Node::A, "kill -9 $(pgrep -f 'containerd-shim-[^ ]* .*-id [t]1')")?;
+    wait_for(Duration::from_secs(10), "containerd to notice", || {
+        let state = container::status(bed, Node::A, "t1")?;
+        Ok(state.is_none_or(|s| s == "STOPPED" || s == "UNKNOWN"))
+    })?;
+    wait_for(Duration::from_secs(10), "the container's end", || {
+        Ok(bed.run(Node::A, &["pgrep", "-x", "sleep", "-f", "sleep 1000"])?.stdout.is_empty())
+    })?;
+    // a new life under the same name
+    let _ = bed.run(Node::A, &["ctr", "task", "rm", "--force", "t1"])?;
+    bed.ok(Node::A, &["ctr", "task", "start", "-d", "--null-io", "t1"])?;
+    let output = container::exec(bed, Node::A, "t1", &["echo", "hello"])?;
+    ensure!(output.stdout == b"hello\n", "{output:?}");
+    container::delete(bed, Node::A, "t1")
+}
