@@ -83,9 +83,6 @@ pub struct Bed {
     agents: bool,
 }
 
-/// Seconds that a command in a node may take.
-const COMMAND_LIMIT: &str = "240";
-
 /// What a clean-up may take before what is left counts as leaked.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -140,21 +137,10 @@ impl Bed {
         self.nodes(["exec", node.name()].iter().chain(args))
     }
 
-<<<<<<< HEAD
-    /// Runs a command in a node, whatever it ends with. One that hangs is ended: a test fails, it does not hang.
-    pub fn run(&self, node: Node, args: &[&str]) -> Result<Output> {
-        let limited: Vec<&str> =
-            ["timeout", "--foreground", "-k", "5", COMMAND_LIMIT].iter().chain(args).copied().collect();
-        let what = || format!("{args:?} in node {}", node.name());
-        let output = self.command(node, &limited).output().with_context(what)?;
-        ensure!(output.status.code() != Some(124), "{}: timed out\n{output:?}", what());
-        Ok(output)
-=======
     /// Runs a command in a node, whatever it ends with. One that hangs (ctr does when its stdin ends too early) ends with 124.
     pub fn run(&self, node: Node, args: &[&str]) -> Result<Output> {
         let guarded: Vec<_> = ["timeout", "-k", "2", "90"].iter().chain(args).copied().collect();
         self.command(node, &guarded).output().with_context(|| format!("{args:?} in node {}", node.name()))
->>>>>>> main
     }
 
     /// Runs a command in a node, which must succeed; what it printed.

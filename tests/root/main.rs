@@ -110,17 +110,12 @@ fn main() {
                 eprintln!("skipped: {name}: {reason}");
             }
             let shared = Arc::clone(&shared);
-<<<<<<< HEAD
+            let shown = name.clone();
             let test = move || match missing {
                 Some(reason) => Err(reason.into()),
-                None => trial(scenario, containerd, &shared),
+                None => twice(&shown, || trial(scenario, containerd, &shared)),
             };
             trials.push(Trial::test(name, test).with_ignored_flag(ignored));
-=======
-            let shown = name.clone();
-            let test = Trial::test(name, move || twice(&shown, || trial(scenario, containerd, &shared)));
-            trials.push(test.with_ignored_flag(missing.is_some()));
->>>>>>> main
         }
     }
     let conclusion = libtest_mimic::run(&args, trials);
