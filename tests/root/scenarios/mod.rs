@@ -4,6 +4,7 @@ mod checkpoint_errors;
 mod checkpoint_file;
 mod cli_ps;
 mod ctr_checkpoint;
+mod ctr_pod;
 mod ctr_tasks;
 mod files_appended;
 mod files_layer;
@@ -34,6 +35,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         checkpoint_file::ALL,
         cli_ps::ALL,
         ctr_checkpoint::ALL,
+        ctr_pod::ALL,
         ctr_tasks::ALL,
         files_appended::ALL,
         files_layer::ALL,
