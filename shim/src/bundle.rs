@@ -1,5 +1,4 @@
-//! What the shim reads and writes in a container's bundle, beside the options: config.json, CRIU's config file, and the marker of
-//! an incoming migration (which lies outside the bundle).
+//! What the shim reads and writes in a container's bundle, beside the options: config.json and CRIU's config file.
 
 use std::{
     fs,
@@ -11,18 +10,10 @@ use std::{
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
-
-/// The annotation by which runc finds the CRIU config file for checkpoint and restore.
-pub const CRIU_CONFIG_ANNOTATION: &str = "org.criu.config";
+use transship::criu::gate_server::{CRIU_CONF, CRIU_CONF_ANNOTATION};
 
 /// runc's own default for that file; the annotation would hide what an administrator has put there.
 const SYSTEM_CRIU_CONFIG: &str = "/etc/criu/runc.conf";
-
-/// Name of the CRIU config file in the bundle.
-pub const CRIU_CONFIG: &str = "criu.conf";
-
-/// Where the agent announces containers whose next Create is the arrival of a migration.
-const INCOMING_DIR: &str = "/run/transship/incoming";
 
 /// Makes config.json name `<bundle>/criu.conf` as CRIU's config file, unless it names one already, and makes that file exist (a copy
 /// of the machine's, else empty). It has to happen before `runc create`: a checkpoint reads the annotation from runc's state.json, and
@@ -40,10 +31,10 @@ pub fn prepare_criu_config(bundle: &Path) -> Result<PathBuf> {
     let annotations = annotations
         .as_object_mut()
         .with_context(|| format!("the annotations in {} are not an object", path.display()))?;
-    if let Some(Value::String(there)) = annotations.get(CRIU_CONFIG_ANNOTATION) {
+    if let Some(Value::String(there)) = annotations.get(CRIU_CONF_ANNOTATION) {
         return Ok(PathBuf::from(there));
     }
-    let config = bundle.join(CRIU_CONFIG);
+    let config = bundle.join(CRIU_CONF);
     let content = match fs::read_to_string(SYSTEM_CRIU_CONFIG) {
         Ok(text) => text,
         Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
@@ -51,7 +42,7 @@ pub fn prepare_criu_config(bundle: &Path) -> Result<PathBuf> {
     };
     fs::write(&config, content).with_context(|| format!("write {}", config.display()))?;
     let name = config.to_str().with_context(|| format!("{} is not UTF-8", config.display()))?;
-    annotations.insert(CRIU_CONFIG_ANNOTATION.into(), name.into());
+    annotations.insert(CRIU_CONF_ANNOTATION.into(), name.into());
 
     // Renamed into place: containerd and others read config.json at any time.
     let mode = fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?.permissions().mode();
@@ -96,11 +87,6 @@ pub fn must_kill_all(bundle: &Path) -> bool {
     !namespaces.iter().any(|n| n.kind == "pid" && n.path.is_empty())
 }
 
-/// The file whose presence says that the next Create of this container is an incoming migration.
-pub fn incoming_marker(namespace: &str, id: &str) -> PathBuf {
-    Path::new(INCOMING_DIR).join(namespace).join(format!("{id}.json"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,7 +108,7 @@ mod tests {
             assert!(path.exists());
             let spec: Value =
                 serde_json::from_slice(&fs::read(dir.path().join("config.json")).unwrap()).unwrap();
-            assert_eq!(spec["annotations"][CRIU_CONFIG_ANNOTATION], path.to_str().unwrap());
+            assert_eq!(spec["annotations"][CRIU_CONF_ANNOTATION], path.to_str().unwrap());
             assert_eq!(prepare_criu_config(dir.path()).unwrap(), path);
         }
     }
@@ -155,10 +141,5 @@ mod tests {
         assert!(must_kill_all(joined.path()));
         assert!(must_kill_all(none.path()));
         assert!(must_kill_all(broken.path()));
-    }
-
-    #[test]
-    fn the_marker_is_per_namespace() {
-        assert_eq!(incoming_marker("k8s.io", "c1"), Path::new("/run/transship/incoming/k8s.io/c1.json"));
     }
 }

@@ -22,7 +22,6 @@ use containerd_shim_protos::{
 use tokio::sync::watch;
 
 use crate::{
-    bundle,
     container::{Container, Shared},
     errors::{TaskError, TaskResult},
     hooks::Hooks,
@@ -81,7 +80,7 @@ impl Service {
         if self.table().contains_key(&request.id) {
             return Err(TaskError::already_exists(format!("container {}", request.id)));
         }
-        let marker = bundle::incoming_marker(&self.shared.namespace, &request.id);
+        let marker = transship::control::incoming_marker(&self.shared.namespace, &request.id);
         let marker = marker.exists().then_some(marker);
         let created = lifecycle::create(&request, marker, self.shared.clone()).await?;
         let container = created.container;

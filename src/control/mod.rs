@@ -299,6 +299,11 @@ mod tests {
     }
 
     #[test]
+    fn the_marker_is_per_namespace() {
+        assert_eq!(incoming_marker("k8s.io", "c1"), Path::new("/run/transship/incoming/k8s.io/c1.json"));
+    }
+
+    #[test]
     fn the_key_never_shows_in_debug_output() {
         let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".into() };
         assert!(!format!("{m:?}").contains("SECRET"));
