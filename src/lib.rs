@@ -6,6 +6,7 @@
 //! | room | what lives there |
 //! |---|---|
 //! | [`migrate`] | the migration itself: wire codec, protocol, source, destination, report |
+//! | [`memory`] | dirty tracking, pages on the wire, the destination's page store and page daemon |
 //! | [`criu`] | CRIU's RPC, dump options, page server, image writers, the gates around a restore |
 //! | [`cgroup`] | the freezer of cgroup v1 and v2 |
 //! | [`net`] | a network namespace captured, rebuilt, fenced and announced |
@@ -17,7 +18,7 @@
 //! | [`cli`] | the operator's command line |
 //! | [`doctor`] | is this node fit, and what to do about it |
 //!
-//! The shim (`shim/`, binary `containerd-shim-transship-v2`) uses `migrate`, `criu`, `cgroup`, `net`, `rootfs`, `control` and `tls`;
+//! The shim (`shim/`, binary `containerd-shim-transship-v2`) uses `migrate`, `memory`, `criu`, `cgroup`, `net`, `rootfs`, `control` and `tls`;
 //! it never talks to containerd's gRPC API. The binary `transship` (`src/main.rs`) is `cli`.
 //! The library knows nothing of Kubernetes or ctr.
 
@@ -28,6 +29,7 @@ pub mod containerd;
 pub mod control;
 pub mod criu;
 pub mod doctor;
+pub mod memory;
 pub mod migrate;
 pub mod net;
 pub mod rootfs;

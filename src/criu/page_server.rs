@@ -36,7 +36,7 @@ pub const PE_LAZY: u32 = 2;
 pub const PE_PRESENT: u32 = 4;
 
 /// Which memory an image describes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub enum ImageKind {
     /// A task's address space; the id is its pid in the container.
     Pid,
