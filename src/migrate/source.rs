@@ -361,7 +361,7 @@ fn freeze_and_stream(
         sender.pages(event)?;
         if sender.sent() - shown.get() > 8 << 20 {
             shown.set(sender.sent());
-            events(Event::Progress { bytes: shown.get() });
+            events(Event::Progress { bytes: shown.get(), total: None });
         }
         go_on()
     });
@@ -378,7 +378,7 @@ fn freeze_and_stream(
         return Err(why.map_or_else(|| keep_log(e, &work, options), Into::into));
     }
     let sent = sender.finish()?;
-    events(Event::Progress { bytes: wire.bytes().0 });
+    events(Event::Progress { bytes: wire.bytes().0, total: None });
     let report = Report { migration_id: options.migration_id.clone(), sent, processes, ..Report::default() };
     Ok((still, report))
 }
