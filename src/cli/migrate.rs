@@ -197,6 +197,34 @@ mod tests {
     }
 
     #[test]
+    fn the_timeline_is_drawn_where_it_was_asked_for_and_nothing_is_left_of_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let picture = dir.path().join("move.html");
+        let socket = dir.path().join("good.sock");
+        let moved = Event::Done { reply: Reply::Migrated(Box::new(report())) };
+        let agent = fake_agent(&socket, vec![moved]);
+        let (common, mut verb) = migrate(&socket, true);
+        verb.report = Some(picture.to_str().unwrap().parse().unwrap());
+        verb.run(&common).unwrap();
+        agent.join().unwrap();
+        assert!(std::fs::read_to_string(&picture).unwrap().contains("redis: node-a to node-b"));
+
+        let socket = dir.path().join("bad.sock");
+        let failed = Event::Failed { error: ErrorReport::new(ExitCode::Lost, "12.0 MB were lost") };
+        let agent = fake_agent(&socket, vec![failed]);
+        let (common, mut verb) = migrate(&socket, true);
+        verb.report = Some(dir.path().join("never.svg").to_str().unwrap().parse().unwrap());
+        assert_eq!(verb.run(&common).unwrap_err().code, ExitCode::Lost);
+        agent.join().unwrap();
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|f| f.file_name()).collect();
+        assert_eq!(left.len(), 3, "two sockets and one picture: {left:?}");
+
+        let (_, mut verb) = migrate(&socket, true);
+        verb.report = Some("/nonexistent/x.svg".parse().unwrap());
+        assert_eq!(verb.run(&common).unwrap_err().code, ExitCode::Usage);
+    }
+
+    #[test]
     fn the_cold_way_is_offered_once() {
         let error = offer_cold(ErrorReport::new(ExitCode::NotRunning, "redis does not run"));
         assert!(error.advice.contains("--cold"));
