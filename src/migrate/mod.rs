@@ -34,11 +34,21 @@
 
 pub mod abort;
 pub mod archive;
+mod capture;
 pub mod codec;
+mod copier;
 pub mod destination;
 pub mod fault;
+mod layers;
+mod link;
+mod live;
+mod postcopy;
+mod precopy;
+mod prepared;
 pub mod protocol;
 pub mod report;
 pub mod source;
+mod still;
 pub mod stream;
+pub mod tuning;
 pub mod wire;
