@@ -28,6 +28,7 @@
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`] | phases, durations, bytes |
+//! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
 //!
 //! What does not live here: containerd (the agent's room), runc and stdio (the shim's; both are reached through
 //! the two traits [`source::SourceTask`] and [`destination::DestinationTask`]).
@@ -46,6 +47,7 @@ mod postcopy;
 mod precopy;
 mod prepared;
 pub mod protocol;
+pub mod quantity;
 pub mod report;
 pub mod source;
 mod still;
