@@ -20,10 +20,14 @@ use super::source::SourceTask;
 use super::still::Still;
 use super::stream::{Sender, encode_ranges};
 use crate::control::Event;
-use crate::criu::{DumpRequest, ImageKind, MemoryMode, PageEvent, plan};
+use crate::criu::dump::PreparedDump;
+use crate::criu::{DumpRequest, ImageKind, PageEvent, plan};
 use crate::memory::tracker::{Found, Source, tasks};
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
+
+/// The image that goes ahead of the others.
+pub(super) const DESCRIPTORS: &str = "descriptors.json";
 
 /// Pages that are still on the source, by space.
 pub(super) type Left = BTreeMap<Space, RangeSet>;
@@ -44,13 +48,14 @@ pub(super) fn freeze(
     cx: &Context<'_>,
     task: Box<dyn SourceTask>,
     prepared: Prepared,
+    worker: PreparedDump,
     copier: &mut Copier,
     layers: &mut Layers,
     post_copy: bool,
     clock: &mut Clock,
 ) -> Result<Stopped> {
     let (images, work) = (prepared.images(), prepared.work());
-    let Prepared { criu, freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
+    let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| cx.phase(&clock, name);
     cx.go_on()?;
@@ -91,9 +96,6 @@ pub(super) fn freeze(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
-        memory: MemoryMode::Parent,
-        netns: None,
-        path_first: None,
     };
     let mut listed = Listed::default();
     let (dumped, copied) = thread::scope(|scope| {
@@ -105,7 +107,7 @@ pub(super) fn freeze(
             let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, cx.link, &go_on) };
             (copied, millis(begun - since), millis(begun.elapsed()))
         });
-        let dumped = criu.dump(&mut request, &mut |event| {
+        let dumped = worker.dump(&mut request, &mut |event| {
             listed.note(&event);
             sender.borrow_mut().pages(event)?;
             cx.go_on()
@@ -143,7 +145,7 @@ pub(super) fn freeze(
         items.until_now("late pages", at);
         phase("files");
         let at = items.now();
-        sender.files(&images, &HashSet::from(["descriptors.json".into()]))?;
+        sender.files(&images, &HashSet::from([DESCRIPTORS.into()]))?;
         for (space, pages) in &left {
             for payload in encode_ranges(*space, pages) {
                 cx.link.frame(Kind::RemotePages, &[&payload])?;

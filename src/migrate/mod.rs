@@ -35,11 +35,13 @@
 
 pub mod abort;
 pub mod archive;
+mod arrival;
 mod capture;
 pub mod codec;
 mod copier;
 pub mod destination;
 pub mod fault;
+pub mod filling;
 mod layers;
 mod link;
 mod live;

@@ -119,7 +119,6 @@ fn try_send(
 ) -> Result<Outcome> {
     cx.begin(clock, "prepare");
     let prepared = Prepared::new(&*task, cx.options)?;
-    let mode = prepared.criu.memory_mode();
     let hello = Hello {
         oldest: OLDEST,
         newest: VERSION,
@@ -129,7 +128,7 @@ fn try_send(
     cx.link.json(Kind::Hello, &hello)?;
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
-    let live = welcome.version >= LIVE && mode == MemoryMode::Parent;
+    let live = welcome.version >= LIVE && prepared.criu.memory_modes().contains(&MemoryMode::Parent);
     let manifest = Manifest { live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
@@ -167,8 +166,9 @@ fn send_live(
     let mut copier = Copier::new(&cx.options.tuning)?;
     let mut layers = Layers::new(&prepared.layer)?;
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, clock)?;
+    let worker = ahead.worker;
     let post_copy = ahead.next == Next::FreezePostCopy;
-    let stopped = live::freeze(cx, task, prepared, &mut copier, &mut layers, post_copy, clock)?;
+    let stopped = live::freeze(cx, task, prepared, worker, &mut copier, &mut layers, post_copy, clock)?;
     let (still, mut left) = (stopped.still, stopped.left);
     let report = Report {
         mode: Some(if left.is_empty() { "pre-copy".into() } else { "post-copy".into() }),

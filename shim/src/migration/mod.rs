@@ -25,8 +25,8 @@ use std::{
 
 use tokio::task::JoinHandle;
 use transship::{
-    control::{self, MigrationState},
-    migrate::{abort::Abort, source::Still},
+    control::{self, Event, MigrationState},
+    migrate::{abort::Abort, filling::Filling, source::Still},
 };
 
 use crate::{container::Container, hooks::Hooks};
@@ -40,6 +40,7 @@ struct SlotState {
     migration: MigrationState,
     abort: Option<Abort>,
     undecided: Option<Still>,
+    filling: Option<Filling>,
 }
 
 impl Slot {
@@ -68,6 +69,22 @@ impl Slot {
         }
         (state.migration, state.abort) = (migration, Some(abort));
         Ok(())
+    }
+
+    /// It has arrived; `filling` completes its memory in the background.
+    fn arrived(&self, migration_id: String, filling: Option<Filling>) {
+        let mut state = self.state();
+        (state.migration, state.abort) = (MigrationState::Arrived { migration_id }, None);
+        state.filling = filling;
+    }
+
+    /// Waits until the memory of a container that arrived here is in its place: only then can it leave again.
+    fn wait_filled(&self, say: &dyn Fn(Event)) -> anyhow::Result<()> {
+        let Some(filling) = self.state().filling.take() else { return Ok(()) };
+        if !filling.is_finished() {
+            say(Event::Phase { phase: "wait for the last migration's memory".into() });
+        }
+        filling.wait()
     }
 
     /// Ends it, however it went.

@@ -1,0 +1,186 @@
+//! Pre-copy on the source: rounds of memory and writable layer while the container runs, until the rest fits the downtime that
+//! is allowed or no longer shrinks. The decision itself is [`crate::memory::converge`]'s.
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+
+use super::capture::Context;
+use super::codec::Kind;
+use super::copier::Copier;
+use super::fault;
+use super::layers::Layers;
+use super::prepared::Prepared;
+use super::protocol::{self, Prepare, Ready};
+use super::report::{Clock, Round, millis};
+use super::tuning::Mode;
+use crate::control::Event;
+use crate::criu::MemoryMode;
+use crate::criu::dump::{PreparedDump, Worker};
+use crate::memory::converge::{self, Budget, Decision, RoundStats};
+use crate::memory::tracker::{self, Found};
+
+/// How to go on when the rounds have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Everything that is missing goes over in the freeze.
+    Freeze,
+    /// What is missing stays here and follows when the tasks run on the destination.
+    FreezePostCopy,
+}
+
+/// What the rounds came to.
+pub(super) struct Ahead {
+    pub next: Next,
+    pub rounds: Vec<Round>,
+    /// A CRIU that only waits for the freeze.
+    pub worker: PreparedDump,
+}
+
+/// Copies in rounds, has the destination make itself ready, and catches up with what was written meanwhile.
+///
+/// # Errors
+/// With the container running as before, but for the tracker's registration, which goes with `copier`.
+pub(super) fn run(
+    cx: &Context<'_>,
+    prepared: &Prepared,
+    copier: &mut Copier,
+    layers: &mut Layers,
+    clock: &mut Clock,
+) -> Result<Ahead> {
+    let tuning = &cx.options.tuning;
+    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), started: Instant::now() };
+    // CRIU's first image: runc wants it before CRIU's restore begins
+    send_descriptors(cx, prepared)?;
+    let budget = Budget::new(tuning.max_downtime(), tuning.max_rounds, tuning.mode);
+    let mut decision = converge::decide(&rounds.stats, &budget, None);
+    while decision == Decision::Another {
+        rounds.one(clock)?;
+        decision = converge::decide(&rounds.stats, &budget, rounds.link_rate());
+    }
+    let mut next = match decision {
+        Decision::FreezePostCopy => Next::FreezePostCopy,
+        _ => Next::Freeze,
+    };
+    cx.begin(clock, "prepare the destination");
+    let post_copy = next == Next::FreezePostCopy;
+    let may_stay = tuning.mode != Mode::PreCopy;
+    cx.link.json(Kind::Prepare, &Prepare { memory: rounds.memory()?, post_copy: may_stay && post_copy })?;
+    cx.link.flush()?;
+    let how = Worker { memory: MemoryMode::Parent, ..Worker::default() };
+    let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
+    cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
+    if !post_copy {
+        // what was written while the destination made itself ready
+        rounds.one(clock)?;
+        if may_stay && converge::decide(&rounds.stats, &budget, rounds.link_rate()) == Decision::FreezePostCopy {
+            next = Next::FreezePostCopy;
+        }
+    }
+    Ok(Ahead { next, rounds: rounds.all, worker })
+}
+
+struct Rounds<'a> {
+    cx: &'a Context<'a>,
+    prepared: &'a Prepared,
+    copier: &'a mut Copier,
+    layers: &'a mut Layers,
+    all: Vec<Round>,
+    stats: Vec<RoundStats>,
+    started: Instant,
+}
+
+impl Rounds<'_> {
+    fn one(&mut self, clock: &mut Clock) -> Result<()> {
+        let cx = self.cx;
+        cx.go_on()?;
+        let n = self.all.len() as u32 + 1;
+        cx.begin(clock, &format!("round {n}"));
+        fault::point("round");
+        let begun = Instant::now();
+        let pids: Vec<i32> = self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect();
+        let found = self.copier.look(&tracker::tasks(&pids), false)?;
+        let total = bytes_of(&found);
+        cx.link.json(Kind::Round, &protocol::Round { n, bytes: total })?;
+        let (sent, shown) = (Cell::new(0), Cell::new(0));
+        let copied = self.copier.send(&found, cx.link, &|bytes| {
+            sent.set(sent.get() + bytes);
+            if sent.get() - shown.get() > 8 << 20 {
+                shown.set(sent.get());
+                (cx.events)(Event::Progress { bytes: cx.link.wire().bytes().0 });
+            }
+            cx.go_on()
+        })?;
+        let copying = begun.elapsed();
+        let layer = self.layers.round(cx.link)?;
+        cx.link.flush()?;
+        let took = begun.elapsed();
+        // what was found had been written since the round before began
+        let rate = self.stats.last().map_or(0.0, |_| total as f64 / self.since_last(begun));
+        self.stats.push(RoundStats {
+            bytes: copied.bytes,
+            wire_bytes: copied.wire_bytes + layer.bytes,
+            seconds: copying.as_secs_f64().max(1e-6),
+        });
+        self.all.push(Round {
+            n,
+            start_ms: millis(begun - self.started),
+            ms: millis(took),
+            pages: copied.bytes / crate::criu::page_server::page_size() as u64,
+            bytes: copied.bytes,
+            wire_bytes: copied.wire_bytes,
+            zero_pages: copied.zero_bytes / crate::criu::page_server::page_size() as u64,
+            dirty_rate: rate,
+            layer_bytes: layer.bytes,
+            layer_entries: layer.entries,
+            ..Round::default()
+        });
+        // what the round before left behind is what this one found
+        let count = self.all.len();
+        if count > 1 {
+            self.all[count - 2].dirty_after_bytes = total;
+        }
+        Ok(())
+    }
+
+    /// Seconds since the round before this one began.
+    fn since_last(&self, begun: Instant) -> f64 {
+        let last = self.all.last().map_or(0.0, |r| r.start_ms);
+        ((millis(begun - self.started) - last) / 1e3).max(1e-6)
+    }
+
+    /// Bytes per second of the link, by the rounds that were long enough to tell.
+    fn link_rate(&self) -> Option<f64> {
+        let (bytes, seconds) = self
+            .stats
+            .iter()
+            .filter(|s| s.wire_bytes > 1 << 20)
+            .fold((0, 0.0), |(b, t), s| (b + s.wire_bytes, t + s.seconds));
+        (seconds > 0.0).then(|| bytes as f64 / seconds)
+    }
+
+    /// About how much memory the tasks have.
+    fn memory(&self) -> Result<u64> {
+        let pids: Vec<i32> = self.prepared.freezer.pids()?.into_iter().collect();
+        let page = crate::criu::page_server::page_size() as u64;
+        // resident anonymous and shared pages: fields 2 and 3 of statm, in pages
+        let anonymous = |pid: &i32| {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+            let field = |n: usize| text.split_whitespace().nth(n).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+            field(1).saturating_sub(field(2)) * page
+        };
+        Ok(pids.iter().map(anonymous).sum())
+    }
+}
+
+fn bytes_of(found: &[Found]) -> u64 {
+    found.iter().map(|f| f.written.bytes()).sum()
+}
+
+fn send_descriptors(cx: &Context<'_>, prepared: &Prepared) -> Result<()> {
+    let bytes = serde_json::to_vec(&prepared.descriptors)?;
+    let name = super::live::DESCRIPTORS.to_owned();
+    cx.link.json(Kind::File, &protocol::FileHeader { name, size: bytes.len() as u64 })?;
+    cx.link.frame(Kind::FileData, &[&bytes])
+}
