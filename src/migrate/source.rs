@@ -353,8 +353,6 @@ fn freeze_and_stream(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
-        netns: None,
-        path_first: None,
     };
     let dumped = criu.dump(&mut request, &mut |event| {
         let mut sender = sender.borrow_mut();
