@@ -10,6 +10,7 @@
 //! | [`options`] | what a dump is asked for, so that stock `runc restore` takes the result |
 //! | [`stdio`] | `descriptors.json` |
 //! | [`dump`] | the dump itself |
+//! | [`kdat`], [`parent`] | what CRIU is shown so that it leaves memory alone |
 //! | [`page_server`] | CRIU's page server protocol, receiving end |
 //! | [`images`] | the destination's memory images |
 //! | [`gate`], [`gate_server`] | holding a stock `runc restore` at two places |
@@ -21,9 +22,11 @@ pub mod dump;
 pub mod gate;
 pub mod gate_server;
 pub mod images;
+mod kdat;
 pub mod log;
 pub mod options;
 pub mod page_server;
+mod parent;
 pub mod probe;
 #[cfg(test)]
 mod proof;
@@ -33,8 +36,9 @@ pub mod swrk;
 mod timerfd_image;
 pub mod version;
 
-pub use dump::{DumpRequest, DumpStats};
+pub use dump::{DumpRequest, DumpStats, MemoryMode, PreparedDump, Worker};
 pub use gate_server::GateServer;
 pub use images::PageStore;
 pub use page_server::{ImageKind, PageEvent};
+pub use probe::MemoryModes;
 pub use version::{Criu, Version};
