@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use super::codec::Kind;
 use super::link::Link;
 use super::tuning::Tuning;
-use crate::memory::batch::Builder;
-use crate::memory::compress::Compressor;
+use crate::memory::batch::{Builder, MAX_BATCH};
+use crate::memory::compress::{Compressor, Meter};
 use crate::memory::rate::Limiter;
 use crate::memory::read::{Chunk, Reader};
 use crate::memory::tracker::{self, Found, Source, Task, Tracker, TrackerKind};
@@ -19,9 +19,9 @@ use crate::memory::{RangeSet, Space};
 /// What one pass of copying came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Copied {
-    /// Bytes of memory looked at.
+    /// Bytes of memory that were not zero.
     pub bytes: u64,
-    /// Of those, bytes of pages that were zero.
+    /// Bytes of pages that were zero.
     pub zero_bytes: u64,
     /// Bytes of frames, after compression.
     pub wire_bytes: u64,
@@ -37,7 +37,8 @@ pub(super) struct Copier {
     tracker: Box<dyn Tracker>,
     reader: Reader,
     compressor: Compressor,
-    limiter: Option<Limiter>,
+    meter: Meter,
+    limiter: Limiter,
     sent: HashMap<Space, RangeSet>,
     sources: HashMap<Space, Source>,
 }
@@ -46,11 +47,16 @@ impl Copier {
     /// Nothing is in the tasks before the first [`Copier::look`].
     pub fn new(tuning: &Tuning) -> Result<Copier> {
         let tracker = tracker::open(tracker::detect()).context("opening the tracker of written pages")?;
+        let mut compressor = Compressor::new(tuning.compress);
+        if let Some(limit) = tuning.bandwidth {
+            compressor.limit(limit);
+        }
         Ok(Copier {
             tracker,
             reader: Reader::new(),
-            compressor: Compressor::new(tuning.compress),
-            limiter: tuning.bandwidth.map(Limiter::new),
+            meter: compressor.meter(),
+            compressor,
+            limiter: Limiter::new(tuning.bandwidth.unwrap_or(0)),
             sent: HashMap::new(),
             sources: HashMap::new(),
         })
@@ -125,18 +131,18 @@ impl Copier {
         go_on: &GoOn<'_>,
         copied: &mut Copied,
     ) -> Result<()> {
-        let Copier { reader, compressor, limiter, sent, .. } = self;
+        let Copier { reader, compressor, meter, limiter, sent, .. } = self;
         let sent = sent.entry(space).or_default();
-        let mut builder = Builder::new(space);
-        let mut ship = |payload: Vec<u8>, copied: &mut Copied| -> Result<()> {
-            let at = Instant::now();
+        let mut builder = Builder::new(space, MAX_BATCH);
+        let mut ship = |payload: Vec<u8>, builder: &mut Builder, copied: &mut Copied| -> Result<()> {
+            let payload = compressor.pack(payload);
+            let (at, bytes) = (Instant::now(), payload.len());
             link.frame(Kind::Memory, &[&payload])?;
-            compressor.sent(payload.len(), at.elapsed());
-            copied.wire_bytes += payload.len() as u64;
-            if let Some(limiter) = limiter.as_mut() {
-                wait(limiter.take(payload.len() as u64, Instant::now()), go_on)?;
-            }
-            go_on(payload.len() as u64)
+            meter.sent(bytes, at.elapsed());
+            builder.reuse(payload);
+            copied.wire_bytes += bytes as u64;
+            wait(limiter.take(bytes as u64, Instant::now()), go_on)?;
+            go_on(bytes as u64)
         };
         reader.read(source, pages, &mut |chunk| {
             match &chunk {
@@ -145,24 +151,25 @@ impl Copier {
                     sent.insert(*vaddr..*vaddr + bytes.len() as u64);
                 }
                 Chunk::Zero { vaddr, len } => {
-                    copied.bytes += len;
                     copied.zero_bytes += len;
                     sent.insert(*vaddr..*vaddr + len);
                 }
-                Chunk::Gone { len, .. } => {
-                    copied.gone_bytes += len;
-                    return Ok(());
-                }
+                Chunk::Gone { len, .. } => copied.gone_bytes += len,
             }
-            for payload in builder.push(chunk, compressor)? {
-                ship(payload, copied)?;
+            match builder.push(chunk) {
+                Some(payload) => ship(payload, &mut builder, copied),
+                None => Ok(()),
             }
-            Ok(())
         })?;
-        if let Some(payload) = builder.finish(compressor)? {
-            ship(payload, copied)?;
+        match builder.finish() {
+            Some(payload) => ship(payload, &mut builder, copied),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Bytes of memory per second that reach the peer, as far as it is known.
+    pub fn rate(&self) -> Option<f64> {
+        self.meter.rate()
     }
 }
 

@@ -17,11 +17,11 @@ use super::destination::Killer;
 use super::link::Link;
 use super::protocol::{Failure, Filled};
 use super::report::{Faults, millis};
-use super::stream::encode_want;
 use crate::criu::plan::Plan;
 use crate::memory::daemon::{Daemon, DaemonConfig, DaemonCtl, DaemonEvent, Remote};
 use crate::memory::keeper::Keeper;
 use crate::memory::read::Chunk;
+use crate::memory::sets::encode_want;
 use crate::memory::store::Store;
 use crate::memory::{RangeSet, Space, batch};
 

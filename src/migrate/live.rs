@@ -13,16 +13,17 @@ use super::codec::Kind;
 use super::copier::{Copied, Copier};
 use super::fault;
 use super::layers::Layers;
+use super::precopy::{Ahead, Next, merge};
 use super::prepared::Prepared;
 use super::protocol::Frozen;
 use super::report::{Clock, Item, Report, Side, millis};
 use super::source::SourceTask;
 use super::still::Still;
-use super::stream::{Sender, encode_ranges};
+use super::stream::Sender;
 use crate::control::Event;
-use crate::criu::dump::PreparedDump;
 use crate::criu::{DumpRequest, ImageKind, PageEvent, plan};
 use crate::memory::tracker::{Found, Source, tasks};
+use crate::memory::sets::encode_ranges;
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
 
@@ -48,12 +49,13 @@ pub(super) fn freeze(
     cx: &Context<'_>,
     task: Box<dyn SourceTask>,
     prepared: Prepared,
-    worker: PreparedDump,
+    ahead: Ahead,
     copier: &mut Copier,
     layers: &mut Layers,
-    post_copy: bool,
     clock: &mut Clock,
 ) -> Result<Stopped> {
+    let Ahead { next, found: unsent, rounds, worker } = ahead;
+    let post_copy = next == Next::FreezePostCopy;
     let (images, work) = (prepared.images(), prepared.work());
     let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
     let clock = RefCell::new(clock);
@@ -73,7 +75,11 @@ pub(super) fn freeze(
 
     phase("final scan");
     let at = items.now();
-    let mut found = copier.look(&tasks, true)?;
+    let mut found = match post_copy && rounds.is_empty() {
+        // nothing was ever sent: there is nothing to compare with
+        true => Vec::new(),
+        false => merge(unsent, copier.look(&tasks, true)?),
+    };
     keep_from_code(&mut found)?;
     items.until_now("final scan", at);
 
@@ -171,6 +177,7 @@ pub(super) fn freeze(
         sent,
         processes: tasks.len(),
         freeze: items.all,
+        rounds,
         ..Report::default()
     };
     Ok(Stopped { still, report, left })

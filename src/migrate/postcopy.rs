@@ -13,9 +13,9 @@ use super::copier::Copier;
 use super::live::Left;
 use super::protocol::{Failure, Filled, Restored};
 use super::report::millis;
-use super::stream::decode_want;
 use crate::control::Event;
 use crate::criu::ImageKind;
+use crate::memory::sets::decode_want;
 use crate::memory::tracker::Task;
 use crate::memory::{RangeSet, Space};
 

@@ -14,12 +14,12 @@ use super::layers::Layers;
 use super::prepared::Prepared;
 use super::protocol::{self, Prepare, Ready};
 use super::report::{Clock, Round, millis};
-use super::tuning::Mode;
 use crate::control::Event;
 use crate::criu::MemoryMode;
 use crate::criu::dump::{PreparedDump, Worker};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
+use crate::criu::page_server::page_size;
 
 /// How to go on when the rounds have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub(super) enum Next {
 /// What the rounds came to.
 pub(super) struct Ahead {
     pub next: Next,
+    /// What is known to be unsent.
+    pub found: Vec<Found>,
     pub rounds: Vec<Round>,
     /// A CRIU that only waits for the freeze.
     pub worker: PreparedDump,
@@ -50,14 +52,19 @@ pub(super) fn run(
     clock: &mut Clock,
 ) -> Result<Ahead> {
     let tuning = &cx.options.tuning;
-    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), started: Instant::now() };
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
     let budget = Budget::new(tuning.max_downtime(), tuning.max_rounds, tuning.mode);
-    let mut decision = converge::decide(&rounds.stats, &budget, None);
-    while decision == Decision::Another {
-        rounds.one(clock)?;
-        decision = converge::decide(&rounds.stats, &budget, rounds.link_rate());
+    let started = Instant::now();
+    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), started };
+    let mut decision = converge::decide(&[], &budget, None);
+    let mut found = Vec::new();
+    if decision == Decision::Another {
+        found = rounds.look()?;
+        while decision == Decision::Another {
+            found = rounds.one(&found, clock)?;
+            decision = converge::decide(&rounds.stats, &budget, rounds.link_rate());
+        }
     }
     let mut next = match decision {
         Decision::FreezePostCopy => Next::FreezePostCopy,
@@ -65,20 +72,33 @@ pub(super) fn run(
     };
     cx.begin(clock, "prepare the destination");
     let post_copy = next == Next::FreezePostCopy;
-    let may_stay = tuning.mode != Mode::PreCopy;
-    cx.link.json(Kind::Prepare, &Prepare { memory: rounds.memory()?, post_copy: may_stay && post_copy })?;
+    cx.link.json(Kind::Prepare, &Prepare { memory: rounds.memory()?, post_copy })?;
     cx.link.flush()?;
     let how = Worker { memory: MemoryMode::Parent, ..Worker::default() };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
     if !post_copy {
         // what was written while the destination made itself ready
-        rounds.one(clock)?;
-        if may_stay && converge::decide(&rounds.stats, &budget, rounds.link_rate()) == Decision::FreezePostCopy {
-            next = Next::FreezePostCopy;
+        found = merge(found, rounds.look()?);
+        if converge::top_up(bytes_of(&found), rounds.link_rate()) {
+            found = rounds.one(&found, clock)?;
+            if converge::decide(&rounds.stats, &budget, rounds.link_rate()) == Decision::FreezePostCopy {
+                next = Next::FreezePostCopy;
+            }
         }
     }
-    Ok(Ahead { next, rounds: rounds.all, worker })
+    Ok(Ahead { next, found, rounds: rounds.all, worker })
+}
+
+/// Two looks as one: what either has found is still to be sent.
+pub(super) fn merge(earlier: Vec<Found>, mut later: Vec<Found>) -> Vec<Found> {
+    for old in earlier {
+        match later.iter_mut().find(|new| new.space == old.space) {
+            Some(new) => new.written = new.written.union(&old.written),
+            None => later.push(old),
+        }
+    }
+    later
 }
 
 struct Rounds<'a> {
@@ -92,19 +112,22 @@ struct Rounds<'a> {
 }
 
 impl Rounds<'_> {
-    fn one(&mut self, clock: &mut Clock) -> Result<()> {
+    fn look(&mut self) -> Result<Vec<Found>> {
+        let pids: Vec<i32> = self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect();
+        self.copier.look(&tracker::tasks(&pids), false)
+    }
+
+    /// Sends what was found, and looks what was written meanwhile.
+    fn one(&mut self, found: &[Found], clock: &mut Clock) -> Result<Vec<Found>> {
         let cx = self.cx;
         cx.go_on()?;
         let n = self.all.len() as u32 + 1;
         cx.begin(clock, &format!("round {n}"));
         fault::point("round");
         let begun = Instant::now();
-        let pids: Vec<i32> = self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect();
-        let found = self.copier.look(&tracker::tasks(&pids), false)?;
-        let total = bytes_of(&found);
-        cx.link.json(Kind::Round, &protocol::Round { n, bytes: total })?;
+        cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
         let (sent, shown) = (Cell::new(0), Cell::new(0));
-        let copied = self.copier.send(&found, cx.link, &|bytes| {
+        let copied = self.copier.send(found, cx.link, &|bytes| {
             sent.set(sent.get() + bytes);
             if sent.get() - shown.get() > 8 << 20 {
                 shown.set(sent.get());
@@ -112,58 +135,49 @@ impl Rounds<'_> {
             }
             cx.go_on()
         })?;
-        let copying = begun.elapsed();
         let layer = self.layers.round(cx.link)?;
         cx.link.flush()?;
+        let next = self.look()?;
         let took = begun.elapsed();
-        // what was found had been written since the round before began
-        let rate = self.stats.last().map_or(0.0, |_| total as f64 / self.since_last(begun));
-        self.stats.push(RoundStats {
+        let page = page_size() as u64;
+        let dirty_after_bytes = bytes_of(&next);
+        let stats = RoundStats {
             bytes: copied.bytes,
-            wire_bytes: copied.wire_bytes + layer.bytes,
-            seconds: copying.as_secs_f64().max(1e-6),
-        });
+            pages: copied.bytes / page,
+            seconds: took.as_secs_f64().max(1e-6),
+            dirty_after_bytes,
+        };
+        self.stats.push(stats);
         self.all.push(Round {
             n,
             start_ms: millis(begun - self.started),
             ms: millis(took),
-            pages: copied.bytes / crate::criu::page_server::page_size() as u64,
+            pages: (copied.bytes + copied.zero_bytes) / page,
             bytes: copied.bytes,
             wire_bytes: copied.wire_bytes,
-            zero_pages: copied.zero_bytes / crate::criu::page_server::page_size() as u64,
-            dirty_rate: rate,
+            zero_pages: copied.zero_bytes / page,
+            dirty_after_bytes,
+            dirty_rate: stats.dirty_rate(),
             layer_bytes: layer.bytes,
             layer_entries: layer.entries,
-            ..Round::default()
         });
-        // what the round before left behind is what this one found
-        let count = self.all.len();
-        if count > 1 {
-            self.all[count - 2].dirty_after_bytes = total;
-        }
-        Ok(())
+        Ok(next)
     }
 
-    /// Seconds since the round before this one began.
-    fn since_last(&self, begun: Instant) -> f64 {
-        let last = self.all.last().map_or(0.0, |r| r.start_ms);
-        ((millis(begun - self.started) - last) / 1e3).max(1e-6)
-    }
-
-    /// Bytes per second of the link, by the rounds that were long enough to tell.
+    /// Bytes of memory per second that reach the peer, by the rounds so far.
     fn link_rate(&self) -> Option<f64> {
         let (bytes, seconds) = self
             .stats
             .iter()
-            .filter(|s| s.wire_bytes > 1 << 20)
-            .fold((0, 0.0), |(b, t), s| (b + s.wire_bytes, t + s.seconds));
-        (seconds > 0.0).then(|| bytes as f64 / seconds)
+            .filter(|s| s.bytes > 1 << 20)
+            .fold((0, 0.0), |(b, t), s| (b + s.bytes, t + s.seconds));
+        if seconds > 0.0 { Some(bytes as f64 / seconds) } else { self.copier.rate() }
     }
 
     /// About how much memory the tasks have.
     fn memory(&self) -> Result<u64> {
         let pids: Vec<i32> = self.prepared.freezer.pids()?.into_iter().collect();
-        let page = crate::criu::page_server::page_size() as u64;
+        let page = page_size() as u64;
         // resident anonymous and shared pages: fields 2 and 3 of statm, in pages
         let anonymous = |pid: &i32| {
             let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();

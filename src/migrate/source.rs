@@ -26,7 +26,7 @@ use super::layers::Layers;
 use super::link::Link;
 use super::live;
 use super::postcopy;
-use super::precopy::{self, Next};
+use super::precopy;
 use super::prepared::Prepared;
 use super::protocol::{
     Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
@@ -128,7 +128,7 @@ fn try_send(
     cx.link.json(Kind::Hello, &hello)?;
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
-    let live = welcome.version >= LIVE && prepared.criu.memory_modes().contains(&MemoryMode::Parent);
+    let live = welcome.version >= LIVE && prepared.criu.memory_modes().parent.is_ok();
     let manifest = Manifest { live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
@@ -166,15 +166,12 @@ fn send_live(
     let mut copier = Copier::new(&cx.options.tuning)?;
     let mut layers = Layers::new(&prepared.layer)?;
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, clock)?;
-    let worker = ahead.worker;
-    let post_copy = ahead.next == Next::FreezePostCopy;
-    let stopped = live::freeze(cx, task, prepared, worker, &mut copier, &mut layers, post_copy, clock)?;
+    let stopped = live::freeze(cx, task, prepared, ahead, &mut copier, &mut layers, clock)?;
     let (still, mut left) = (stopped.still, stopped.left);
     let report = Report {
         mode: Some(if left.is_empty() { "pre-copy".into() } else { "post-copy".into() }),
         tracker: Some(copier.tracker().to_string()),
         compression: Some(cx.options.tuning.compress.to_string()),
-        rounds: ahead.rounds,
         ..stopped.report
     };
     let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();

@@ -14,7 +14,6 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,6 +27,7 @@ use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
 use crate::memory::read::Chunk;
 use crate::memory::store::Store;
+use crate::memory::sets::decode_ranges;
 use crate::memory::{RangeSet, Space, batch};
 use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
 
@@ -398,57 +398,6 @@ impl Receiver {
         let got = self.counter.totals();
         ensure!(got == *announced, "not everything arrived: {got:?} of {announced:?}");
         Ok(())
-    }
-}
-
-/// Ranges of one space as payloads of `RemotePages` or `HotPages` frames: kind u8, id u64, then (start u64, end u64)*.
-pub(super) fn encode_ranges(space: Space, ranges: &RangeSet) -> Vec<Vec<u8>> {
-    const RANGES: usize = 60_000;
-    let all: Vec<_> = ranges.iter().collect();
-    let one = |some: &[Range<u64>]| {
-        let mut payload = Vec::with_capacity(9 + some.len() * 16);
-        payload.push(kind_number(space.kind));
-        payload.extend(space.id.to_le_bytes());
-        some.iter().for_each(|r| payload.extend([r.start.to_le_bytes(), r.end.to_le_bytes()].concat()));
-        payload
-    };
-    all.chunks(RANGES).map(one).collect()
-}
-
-/// The inverse of [`encode_ranges`], for one payload.
-pub(super) fn decode_ranges(payload: &[u8]) -> Result<(Space, RangeSet)> {
-    ensure!(payload.len() >= 9 && (payload.len() - 9).is_multiple_of(16), "ranges of {} bytes", payload.len());
-    let space = Space { kind: kind_of(payload[0])?, id: u64_at(payload, 1) };
-    let page = page_size() as u64;
-    let mut ranges = RangeSet::new();
-    for pair in payload[9..].chunks_exact(16) {
-        let (start, end) = (u64_at(pair, 0), u64_at(pair, 8));
-        ensure!(
-            start < end && start.is_multiple_of(page) && end.is_multiple_of(page),
-            "impossible pages {start:#x} to {end:#x}"
-        );
-        ranges.insert(start..end);
-    }
-    Ok((space, ranges))
-}
-
-/// One request of the page daemon.
-pub(super) fn encode_want(space: Space, range: &Range<u64>) -> [u8; 25] {
-    let mut out = [0; 25];
-    out[0] = kind_number(space.kind);
-    out[1..9].copy_from_slice(&space.id.to_le_bytes());
-    out[9..17].copy_from_slice(&range.start.to_le_bytes());
-    out[17..].copy_from_slice(&range.end.to_le_bytes());
-    out
-}
-
-/// The inverse of [`encode_want`].
-pub(super) fn decode_want(payload: &[u8]) -> Result<(Space, Range<u64>)> {
-    let (space, ranges) = decode_ranges(payload)?;
-    let mut all = ranges.iter();
-    match (all.next(), all.next()) {
-        (Some(one), None) => Ok((space, one)),
-        _ => bail!("a request for more or less than one range"),
     }
 }
 
