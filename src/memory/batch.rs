@@ -275,7 +275,7 @@ mod tests {
             (Compression::Auto, MAX_BATCH),
         ] {
             let (mut builder, mut pack) = (Builder::new(SPACE, limit), Compressor::new(compression));
-            pack.link(1e6);
+            pack.limit(1_000_000);
             let (mut want, mut got, mut payloads) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
             for _ in 0..200 {
                 let (vaddr, n) = (random(&mut seed, 4000) * page, 1 + random(&mut seed, 40));

@@ -4,47 +4,13 @@
 //! numbers and is pure; [`Compressor`] measures two of them (speed and ratio, on small samples now and then) and is told
 //! the third, the link's rate. Data that does not shrink is sent as it is, and after a few such batches not even tried.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::batch::{HEADER, Header, MAX_BATCH};
-
-/// What the operator asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Compression {
-    /// Never.
-    None,
-    /// lz4: about a gigabyte a second and core.
-    Lz4,
-    /// zstd at level 1: a third of lz4's speed, smaller.
-    Zstd,
-    /// Whatever gets most through the link.
-    #[default]
-    Auto,
-}
-
-impl std::fmt::Display for Compression {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Compression::None => "none",
-            Compression::Lz4 => "lz4",
-            Compression::Zstd => "zstd",
-            Compression::Auto => "auto",
-        })
-    }
-}
-
-impl std::str::FromStr for Compression {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        [Compression::None, Compression::Lz4, Compression::Zstd, Compression::Auto]
-            .into_iter()
-            .find(|c| c.to_string() == s)
-            .ok_or_else(|| format!("{s:?} is none of none, lz4, zstd, auto"))
-    }
-}
+pub use crate::migrate::tuning::Compression;
 
 /// How the data of one payload is stored. The numbers are the wire format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,11 +62,45 @@ const RESAMPLE: usize = 32 << 20;
 /// A sample's size, in bytes.
 const SAMPLE: usize = 64 << 10;
 
+/// How fast the link takes bytes, by who sends them: shared with the [`Compressor`], which may be in another thread.
+#[derive(Clone, Debug, Default)]
+pub struct Meter(Arc<Mutex<Measure>>);
+
+#[derive(Debug, Default)]
+struct Measure {
+    bytes: f64,
+    seconds: f64,
+    rate: Option<f64>,
+}
+
+/// Bytes after which the link's rate is taken anew. Less would measure the socket's buffer.
+const MEASURE: f64 = (16 << 20) as f64;
+
+impl Meter {
+    /// `bytes` of frames were sent, which took the sender this long.
+    pub fn sent(&self, bytes: usize, took: Duration) {
+        let mut m = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        m.bytes += bytes as f64;
+        m.seconds += took.as_secs_f64();
+        if m.bytes >= MEASURE || m.seconds > 0.25 {
+            let new = m.bytes / m.seconds.max(1e-9);
+            m.rate = Some(m.rate.map_or(new, |old| (old + new) / 2.0));
+            (m.bytes, m.seconds) = (0.0, 0.0);
+        }
+    }
+
+    /// Bytes per second, when enough was sent to tell.
+    pub fn rate(&self) -> Option<f64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).rate
+    }
+}
+
 /// Compresses payloads; one for the whole migration, so that what it measured stays.
 pub struct Compressor {
     compression: Compression,
     zstd: Option<zstd::bulk::Compressor<'static>>,
-    link: Option<f64>,
+    meter: Meter,
+    limit: Option<f64>,
     samples: [Option<Sample>; 2],
     chosen: Codec,
     until_sample: usize,
@@ -121,7 +121,8 @@ impl Compressor {
         Compressor {
             compression,
             zstd: None,
-            link: None,
+            meter: Meter::default(),
+            limit: None,
             samples: [None; 2],
             chosen,
             until_sample: 0,
@@ -131,13 +132,19 @@ impl Compressor {
         }
     }
 
-    /// The link takes this many bytes a second (measured while it was the limit, or the operator's `--bandwidth`); until this
-    /// is called, `auto` does not compress.
-    pub fn link(&mut self, bytes_per_second: f64) {
-        self.link = Some(bytes_per_second).filter(|r| r.is_finite() && *r > 0.0);
-        if let (Compression::Auto, Some(link)) = (self.compression, self.link) {
-            self.chosen = choose(link, self.samples[0], self.samples[1]);
-        }
+    /// The operator's `--bandwidth`, bytes per second: the link is taken to be no faster.
+    pub fn limit(&mut self, bytes_per_second: u64) {
+        self.limit = (bytes_per_second > 0).then_some(bytes_per_second as f64);
+    }
+
+    /// Whom to tell how fast bytes get away. Until enough were sent, and no limit is set, `auto` does not compress.
+    pub fn meter(&self) -> Meter {
+        self.meter.clone()
+    }
+
+    fn link(&self) -> Option<f64> {
+        let rate = self.meter.rate().or(self.limit)?;
+        Some(self.limit.map_or(rate, |limit| rate.min(limit)))
     }
 
     /// What the next payload is compressed with.
@@ -209,7 +216,7 @@ impl Compressor {
 
     /// Measures both codecs on a piece of `data`, if it is time, and decides anew.
     fn sample(&mut self, data: &[u8]) {
-        let Some(link) = self.link else { return };
+        let Some(link) = self.link() else { return };
         if self.until_sample > data.len() {
             self.until_sample -= data.len();
             return;
@@ -323,13 +330,19 @@ mod tests {
         let text = payload(&b"a text that repeats ".repeat(1 << 14)[..256 << 10]);
         let mut c = Compressor::new(Compression::Auto);
         assert_eq!(c.pack(text.clone()).len(), text.len(), "no link rate yet");
-        c.link(1e6);
+        c.meter().sent(1_000_000, Duration::from_secs(1));
         let small = c.pack(text.clone());
         assert!(small.len() < text.len() / 10);
         let mut scratch = Vec::new();
         assert_eq!(decode(&small, &mut scratch).unwrap().bytes(), 256 << 10);
-        c.link(1e12);
+        for _ in 0..100 {
+            c.meter().sent(1 << 30, Duration::from_micros(1));
+        }
+        (0..RESAMPLE / (256 << 10)).for_each(|_| drop(c.pack(text.clone())));
         assert_eq!(c.pack(text.clone()).len(), text.len());
+        c.limit(1_000_000);
+        (0..=RESAMPLE / (256 << 10)).for_each(|_| drop(c.pack(text.clone())));
+        assert!(c.pack(text.clone()).len() < text.len() / 10, "the operator's limit is the link");
     }
 
     #[test]
@@ -346,15 +359,5 @@ mod tests {
                 assert!(decode(&bad, &mut scratch).is_err(), "{compression} {plain}");
             }
         }
-    }
-
-    #[test]
-    fn names_are_what_the_operator_types() {
-        for name in ["none", "lz4", "zstd", "auto"] {
-            assert_eq!(name.parse::<Compression>().unwrap().to_string(), name);
-            let json = format!("\"{name}\"");
-            assert_eq!(serde_json::to_string(&name.parse::<Compression>().unwrap()).unwrap(), json);
-        }
-        assert!("gzip".parse::<Compression>().is_err());
     }
 }

@@ -7,38 +7,7 @@
 
 use std::time::Duration;
 
-/// What may be left behind at the commit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// Pre-copy; what the budget does not allow goes after the commit.
-    #[default]
-    Auto,
-    /// Nothing is left behind at the commit, however long the freeze.
-    PreCopy,
-    /// The container runs on the destination at once; its memory follows.
-    PostCopy,
-}
-
-impl std::fmt::Display for Mode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Mode::Auto => "auto",
-            Mode::PreCopy => "pre-copy",
-            Mode::PostCopy => "post-copy",
-        })
-    }
-}
-
-impl std::str::FromStr for Mode {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        [Mode::Auto, Mode::PreCopy, Mode::PostCopy]
-            .into_iter()
-            .find(|m| m.to_string() == s)
-            .ok_or_else(|| format!("{s:?} is none of auto, pre-copy, post-copy"))
-    }
-}
+use crate::migrate::tuning::Mode;
 
 /// One round that is over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -81,15 +50,11 @@ pub struct Budget {
     pub mode: Mode,
 }
 
-impl Default for Budget {
-    fn default() -> Self {
-        Budget {
-            max_downtime: Duration::from_millis(300),
-            fixed: Duration::from_millis(60),
-            max_rounds: 30,
-            max_time: Duration::from_secs(1800),
-            mode: Mode::Auto,
-        }
+impl Budget {
+    /// With what a freeze takes on its own, and a limit of half an hour for the rounds.
+    pub fn new(max_downtime: Duration, max_rounds: u32, mode: Mode) -> Budget {
+        let (fixed, max_time) = (Duration::from_millis(60), Duration::from_secs(1800));
+        Budget { max_downtime, fixed, max_rounds, max_time, mode }
     }
 }
 
@@ -112,16 +77,16 @@ const SHRINKS: f64 = 0.7;
 const UNKNOWN_LINK: f64 = 117e6;
 
 /// How long a freeze would have to send `bytes`, in seconds.
-fn transfer(bytes: u64, link_rate: f64) -> f64 {
-    bytes as f64 / if link_rate > 0.0 { link_rate } else { UNKNOWN_LINK }
+fn transfer(bytes: u64, link_rate: Option<f64>) -> f64 {
+    bytes as f64 / link_rate.filter(|r| *r > 0.0).unwrap_or(UNKNOWN_LINK)
 }
 
 /// Decides after each round (and, with [`RoundStats::first_look`], before the first). `link_rate`: memory bytes per second
-/// that reach the peer (after whatever compression gains); 0: not known yet.
+/// that reach the peer (after whatever compression gains); none: not known yet.
 ///
 /// Post-copy has no rounds at all: it is for those who want the container to run on the destination now, whatever it writes,
 /// with every byte sent once. Who wants most of the memory there first has `auto`, which is that with rounds in front.
-pub fn decide(rounds: &[RoundStats], budget: &Budget, link_rate: f64) -> Decision {
+pub fn decide(rounds: &[RoundStats], budget: &Budget, link_rate: Option<f64>) -> Decision {
     let post_copy = budget.mode == Mode::PostCopy;
     let Some(last) = rounds.last() else {
         return if post_copy { Decision::FreezePostCopy } else { Decision::Another };
@@ -160,7 +125,7 @@ fn idle_rounds(rounds: &[RoundStats]) -> usize {
 
 /// After the decision to freeze the destination prepares itself for a moment, and the container writes on: does a short round
 /// over what was written meanwhile pay, before the freeze?
-pub fn top_up(written_bytes: u64, link_rate: f64) -> bool {
+pub fn top_up(written_bytes: u64, link_rate: Option<f64>) -> bool {
     transfer(written_bytes, link_rate) > ENOUGH
 }
 
@@ -171,14 +136,14 @@ mod tests {
     const MB: u64 = 1_000_000;
 
     fn budget(mode: Mode) -> Budget {
-        Budget { mode, ..Budget::default() }
+        Budget::new(Duration::from_millis(300), 30, mode)
     }
 
     /// Plays a migration: `memory` bytes, of which `rate` bytes a second are written at random, and a scan of 10 ms a round.
     fn play(memory: u64, rate: f64, link: f64, budget: &Budget) -> (Vec<RoundStats>, Decision) {
         let mut rounds = vec![RoundStats::first_look(memory)];
         loop {
-            let decision = decide(&rounds, budget, link);
+            let decision = decide(&rounds, budget, Some(link));
             if decision != Decision::Another {
                 return (rounds, decision);
             }
@@ -192,7 +157,7 @@ mod tests {
     }
 
     fn rest_ms(rounds: &[RoundStats], link: f64) -> f64 {
-        transfer(rounds.last().unwrap().dirty_after_bytes, link) * 1e3
+        transfer(rounds.last().unwrap().dirty_after_bytes, Some(link)) * 1e3
     }
 
     #[test]
@@ -236,12 +201,12 @@ mod tests {
         let round =
             |bytes, dirty_after_bytes| RoundStats { bytes, pages: 0, seconds: 0.5, dirty_after_bytes };
         let large = [round(1000 * MB, 500 * MB), round(500 * MB, 600 * MB)];
-        assert_eq!(decide(&large, &budget(Mode::Auto), 1e9), Decision::Another);
+        assert_eq!(decide(&large, &budget(Mode::Auto), Some(1e9)), Decision::Another);
         let again = [large[0], large[1], round(600 * MB, 550 * MB)];
-        assert_eq!(decide(&again, &budget(Mode::Auto), 1e9), Decision::FreezePostCopy);
-        assert_eq!(decide(&again, &budget(Mode::PreCopy), 1e9), Decision::Freeze);
+        assert_eq!(decide(&again, &budget(Mode::Auto), Some(1e9)), Decision::FreezePostCopy);
+        assert_eq!(decide(&again, &budget(Mode::PreCopy), Some(1e9)), Decision::Freeze);
         let small = [round(1000 * MB, 50 * MB), round(50 * MB, 60 * MB)];
-        assert_eq!(decide(&small, &budget(Mode::Auto), 1e9), Decision::Freeze);
+        assert_eq!(decide(&small, &budget(Mode::Auto), Some(1e9)), Decision::Freeze);
     }
 
     #[test]
@@ -249,37 +214,25 @@ mod tests {
         let round = |dirty| RoundStats { bytes: 2 * dirty, pages: 0, seconds: 1.0, dirty_after_bytes: dirty };
         let rounds: Vec<_> = (0..5).map(|n| round(1000 * MB >> n)).collect();
         let mut b = budget(Mode::Auto);
-        assert_eq!(decide(&rounds, &b, 100e6), Decision::Another);
+        assert_eq!(decide(&rounds, &b, Some(100e6)), Decision::Another);
         b.max_rounds = 5;
-        assert_eq!(decide(&rounds, &b, 100e6), Decision::FreezePostCopy);
-        assert_eq!(decide(&rounds, &b, 1e9), Decision::Freeze, "63 ms fit the budget");
+        assert_eq!(decide(&rounds, &b, Some(100e6)), Decision::FreezePostCopy);
+        assert_eq!(decide(&rounds, &b, Some(1e9)), Decision::Freeze, "63 ms fit the budget");
         b = Budget { max_time: Duration::from_millis(5500), ..budget(Mode::PreCopy) };
-        assert_eq!(decide(&rounds, &b, 100e6), Decision::Freeze);
+        assert_eq!(decide(&rounds, &b, Some(100e6)), Decision::Freeze);
     }
 
     #[test]
     fn post_copy_leaves_everything_but_a_moments_worth() {
         let b = budget(Mode::PostCopy);
-        assert_eq!(decide(&[], &b, 0.0), Decision::FreezePostCopy);
-        assert_eq!(decide(&[RoundStats::first_look(100 * MB)], &b, 1e9), Decision::FreezePostCopy);
-        assert_eq!(decide(&[RoundStats::first_look(MB)], &b, 1e9), Decision::Freeze);
+        assert_eq!(decide(&[], &b, None), Decision::FreezePostCopy);
+        assert_eq!(decide(&[RoundStats::first_look(100 * MB)], &b, Some(1e9)), Decision::FreezePostCopy);
+        assert_eq!(decide(&[RoundStats::first_look(MB)], &b, Some(1e9)), Decision::Freeze);
     }
 
     #[test]
     fn the_wait_for_the_destination_is_used() {
-        assert!(top_up(20 * MB, 1e9) && !top_up(2 * MB, 1e9));
-        assert!(top_up(MB, 0.0), "an unknown link is taken for a slow one");
-    }
-
-    #[test]
-    fn names_are_what_the_operator_types() {
-        for name in ["auto", "pre-copy", "post-copy"] {
-            let mode: Mode = name.parse().unwrap();
-            assert_eq!(
-                (mode.to_string(), serde_json::to_string(&mode).unwrap()),
-                (name.into(), format!("\"{name}\""))
-            );
-        }
-        assert!("copy".parse::<Mode>().is_err());
+        assert!(top_up(20 * MB, Some(1e9)) && !top_up(2 * MB, Some(1e9)));
+        assert!(top_up(MB, None), "an unknown link is taken for a slow one");
     }
 }
