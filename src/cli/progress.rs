@@ -52,6 +52,7 @@ impl Progress {
                 self.line(&format!("warning: {message}"));
                 self.warnings.push(message.clone());
             }
+            Event::Round { .. } | Event::RoundDone { .. } => {}
             Event::Done { .. } | Event::Failed { .. } => {}
         }
     }

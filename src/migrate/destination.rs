@@ -277,7 +277,7 @@ fn receive_state(
         }
         if wire.bytes().1 - shown > 8 << 20 {
             shown = wire.bytes().1;
-            events(Event::Progress { bytes: shown });
+            events(Event::Progress { bytes: shown, total: None });
             ensure!(!abort.asked(), "the migration was given up by request");
         }
     }

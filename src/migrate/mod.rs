@@ -27,7 +27,8 @@
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`abort`] | giving up from another thread, up to the commit |
-//! | [`report`] | phases, durations, bytes |
+//! | [`report`] | phases, rounds, the freeze item by item, bytes, faults |
+//! | [`loss`] | what is said when memory is lost in post-copy |
 //! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
 //!
 //! What does not live here: containerd (the agent's room), runc and stdio (the shim's; both are reached through
@@ -45,6 +46,7 @@ pub mod filling;
 mod layers;
 mod link;
 mod live;
+pub mod loss;
 mod postcopy;
 mod precopy;
 mod prepared;
