@@ -15,9 +15,7 @@ use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
 use super::prepared::ImagesDir;
-use super::protocol::{
-    Commit, Failure, Filled, Final, Manifest, Prepare, Ready, Restored, Round, Running,
-};
+use super::protocol::{Commit, Failure, Filled, Final, Manifest, Prepare, Ready, Restored, Round, Running};
 use super::report::{Clock, Item, Report, Side, millis};
 use super::stream::Receiver;
 use crate::control::{Event, ReceiveRequest};
@@ -114,7 +112,7 @@ impl Arrival<'_> {
         if let Some(serving) = &serving {
             serving.running();
         }
-        self.announce(netns.as_ref(), &kick);
+        self.announce(netns.as_ref(), kick);
         let pid = wait_for_runc(self.link, self.task, true)?;
         self.task.adopt(pid).context("taking over the restored container")?;
         item("resume", now);
@@ -178,7 +176,7 @@ impl Arrival<'_> {
             }
             if wire.bytes().1 - shown > 8 << 20 {
                 shown = wire.bytes().1;
-                (self.events)(Event::Progress { bytes: shown });
+                (self.events)(Event::Progress { bytes: shown, total: None });
                 ensure!(!self.abort.asked(), "the migration was given up by request");
             }
         }
@@ -227,7 +225,7 @@ impl Arrival<'_> {
         }
     }
 
-    fn announce(&self, netns: Option<&OwnedFd>, kick: &net::Kick) {
+    fn announce(&self, netns: Option<&OwnedFd>, kick: net::Kick) {
         let Some(ns) = netns else { return };
         if let Some(cfg) = &self.request.net
             && let Err(e) = net::announce(ns.as_fd(), cfg)

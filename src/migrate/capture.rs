@@ -6,7 +6,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{Result, bail};
 use super::abort::Abort;
 use super::codec::Kind;
 use super::fault;
@@ -20,6 +19,7 @@ use super::stream::Sender;
 use crate::control::Event;
 use crate::criu::{self, DumpRequest};
 use crate::rootfs::KeptTimes;
+use anyhow::{Result, bail};
 
 /// What a capture needs besides the container.
 pub(super) struct Context<'a> {
@@ -88,15 +88,13 @@ pub(super) fn full(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
-        netns: None,
-        path_first: None,
     };
     let dumped = criu.dump(&mut request, &mut |event| {
         let mut sender = sender.borrow_mut();
         sender.pages(event)?;
         if sender.sent() - shown.get() > 8 << 20 {
             shown.set(sender.sent());
-            (cx.events)(Event::Progress { bytes: shown.get() });
+            (cx.events)(Event::Progress { bytes: shown.get(), total: None });
         }
         cx.go_on()
     });
@@ -112,8 +110,9 @@ pub(super) fn full(
     }
     let sent = sender.finish()?;
     drop(dir);
-    (cx.events)(Event::Progress { bytes: cx.link.wire().bytes().0 });
-    let report = Report { migration_id: cx.options.migration_id.clone(), sent, processes, ..Report::default() };
+    (cx.events)(Event::Progress { bytes: cx.link.wire().bytes().0, total: None });
+    let report =
+        Report { migration_id: cx.options.migration_id.clone(), sent, processes, ..Report::default() };
     Ok((still, report))
 }
 

@@ -30,7 +30,7 @@ pub(super) struct Copied {
 }
 
 /// Called with the bytes sent since the last call; an error ends the copying.
-pub(super) type GoOn<'a> = dyn Fn(u64) -> Result<()> + Sync + 'a;
+pub(super) type GoOn<'a> = dyn Fn(u64) -> Result<()> + 'a;
 
 /// Copies memory of running and of frozen tasks.
 pub(super) struct Copier {

@@ -18,16 +18,16 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::abort::Abort;
+use super::arrival::Arrival;
 use super::codec::Kind;
 use super::fault;
+use super::filling::Filling;
+use super::link::Link;
+use super::prepared::ImagesDir;
 use super::protocol::{
     ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
 };
 use super::report::{Clock, Report, millis};
-use super::arrival::Arrival;
-use super::filling::Filling;
-use super::link::Link;
-use super::prepared::ImagesDir;
 use super::stream::Receiver;
 use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, ReceiveRequest};

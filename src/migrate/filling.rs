@@ -18,15 +18,14 @@ use super::link::Link;
 use super::protocol::{Failure, Filled};
 use super::report::{Faults, millis};
 use crate::criu::plan::Plan;
-use crate::memory::daemon::{Daemon, DaemonConfig, DaemonCtl, DaemonEvent, Remote};
-use crate::memory::keeper::Keeper;
+use crate::memory::daemon::{Daemon, DaemonConfig, DaemonCtl, DaemonEvent, Keeper, LazySets, Remote, SOCKET};
 use crate::memory::read::Chunk;
 use crate::memory::sets::encode_want;
 use crate::memory::store::Store;
-use crate::memory::{RangeSet, Space, batch};
+use crate::memory::{Space, batch};
 
-/// The name of the socket in CRIU's work directory (criu/uffd.c).
-const SOCKET: &str = "lazy-pages.socket";
+/// The argument with which this executable becomes the keeper of a page daemon's descriptors.
+pub const KEEPER: &str = "page-daemon-keeper";
 
 /// A daemon that listens.
 pub(super) struct Started {
@@ -36,7 +35,7 @@ pub(super) struct Started {
 impl Started {
     /// Listens in CRIU's work directory; `program` is the executable that keeps descriptors if this process dies.
     pub fn new(work_dir: &Path, program: &Path) -> Result<Started> {
-        let keeper = Keeper::start(program, crate::memory::keeper::ARG).context("starting the page daemon's keeper")?;
+        let keeper = Keeper::start(program, KEEPER).context("starting the page daemon's keeper")?;
         let config = DaemonConfig { keeper: Some(keeper), ..DaemonConfig::new(work_dir.join(SOCKET)) };
         Ok(Started { daemon: Daemon::listen(config).context("starting the page daemon")? })
     }
@@ -45,19 +44,28 @@ impl Started {
     pub fn serve(self, store: Store, plan: &Plan, link: Arc<Link>) -> Result<Serving> {
         let ctl = DaemonCtl::new()?;
         let shared = Arc::new(Shared::default());
+        shared.state().remote = plan.remote.iter().map(|(_, pages)| pages.bytes()).sum();
         let remote: Option<Box<dyn Remote>> = match plan.remote.is_empty() {
             true => None,
-            false => Some(Box::new(Peer { link: link.clone(), shared: shared.clone(), scratch: Vec::new(), done: false })),
+            false => Some(Box::new(Peer {
+                link: link.clone(),
+                shared: shared.clone(),
+                scratch: Vec::new(),
+                done: false,
+            })),
         };
-        let (lazy, away) = (plan.lazy.clone(), plan.remote.clone());
+        let sets = LazySets { lazy: plan.lazy.clone(), remote: plan.remote.clone() };
         let thread = {
             let (ctl, shared, link) = (ctl.clone(), shared.clone(), link.clone());
             std::thread::Builder::new().name("page-daemon".into()).spawn(move || {
                 let own = ctl.clone();
                 let mut hear = |event: DaemonEvent| heard(event, &shared, &own, &link);
-                let stats = self.daemon.run(store, lazy, away, remote, ctl, &mut hear)?;
+                let stats = self.daemon.run(store, &sets, remote, ctl, &mut hear)?;
                 if !stats.complete {
-                    bail!("{}", shared.state().broken.take().unwrap_or_else(|| "it was told to stop".into()));
+                    bail!(
+                        "{}",
+                        shared.state().broken.as_ref().map_or("it was told to stop", |(_, why)| why.as_str())
+                    );
                 }
                 let begun = shared.state().running;
                 let filled = Filled {
@@ -91,8 +99,21 @@ struct State {
     inbox: VecDeque<Vec<u8>>,
     running: Option<Instant>,
     killer: Option<Killer>,
-    /// Why the memory cannot be completed.
-    broken: Option<String>,
+    /// Bytes that are still on the source.
+    remote: u64,
+    /// Why the memory cannot be completed, and how much of it.
+    broken: Option<(u64, String)>,
+}
+
+/// Where a container's memory is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// All of it on this node.
+    Here,
+    /// So many bytes are still on the source.
+    Away(u64),
+    /// So many bytes are lost; the container was killed.
+    Lost(u64),
 }
 
 impl Shared {
@@ -103,7 +124,8 @@ impl Shared {
 
 fn heard(event: DaemonEvent, shared: &Shared, ctl: &DaemonCtl, link: &Link) {
     let why = match event {
-        DaemonEvent::Progress { .. } => {
+        DaemonEvent::Progress { remote, .. } => {
+            shared.state().remote = remote;
             // a long fill is no silence
             link.wire().alive().ok();
             return;
@@ -111,11 +133,11 @@ fn heard(event: DaemonEvent, shared: &Shared, ctl: &DaemonCtl, link: &Link) {
         DaemonEvent::Connected | DaemonEvent::Restored => return,
         DaemonEvent::Lost { missing, why } => {
             let bytes: u64 = missing.iter().map(|(_, pages)| pages.bytes()).sum();
-            format!("{} KiB of its memory are lost: {why}", bytes >> 10)
+            (bytes, format!("{} KiB of the container's memory are lost: {why}", bytes >> 10))
         }
-        DaemonEvent::Failed { why } => why,
+        DaemonEvent::Failed { why } => (shared.state().remote, why),
     };
-    log::error!("the page daemon: {why}");
+    log::error!("the page daemon: {}", why.1);
     let killer = {
         let mut state = shared.state();
         state.broken = Some(why);
@@ -167,7 +189,7 @@ impl Serving {
         if let Some(killer) = broken {
             end(killer, &self.ctl);
         }
-        Filling { thread: self.thread.take() }
+        Filling { thread: self.thread.take(), shared: self.shared.clone() }
     }
 }
 
@@ -183,6 +205,7 @@ impl Drop for Serving {
 /// A container's memory on its way to its place, while the container runs.
 pub struct Filling {
     thread: Option<JoinHandle<Result<()>>>,
+    shared: Arc<Shared>,
 }
 
 impl Filling {
@@ -191,13 +214,26 @@ impl Filling {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
+    /// Where the memory is now.
+    pub fn whereabouts(&self) -> Whereabouts {
+        let state = self.shared.state();
+        match (&state.broken, self.is_finished()) {
+            (Some((bytes, _)), _) => Whereabouts::Lost(*bytes),
+            (None, false) if state.remote > 0 => Whereabouts::Away(state.remote),
+            _ => Whereabouts::Here,
+        }
+    }
+
     /// Waits for the end.
     ///
     /// # Errors
     /// Why the memory could not be completed; the container was killed.
     pub fn wait(mut self) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        thread.join().map_err(|_| anyhow!("the page daemon panicked"))?.context("completing the container's memory")
+        thread
+            .join()
+            .map_err(|_| anyhow!("the page daemon panicked"))?
+            .context("completing the container's memory")
     }
 }
 
@@ -210,13 +246,9 @@ struct Peer {
 }
 
 impl Peer {
-    fn put(
-        &mut self,
-        payload: &[u8],
-        put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>,
-    ) -> Result<()> {
+    fn put(&mut self, payload: &[u8], put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<()> {
         let batch = batch::decode(payload, &mut self.scratch)?;
-        let space = batch.space();
+        let space = batch.space;
         batch.chunks().try_for_each(|chunk| put(space, chunk))
     }
 }
@@ -254,4 +286,3 @@ impl Remote for Peer {
         }
     }
 }
-

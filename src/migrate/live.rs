@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::capture::{Context, reason};
 use super::codec::Kind;
@@ -20,10 +20,9 @@ use super::report::{Clock, Item, Report, Side, millis};
 use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
-use crate::control::Event;
 use crate::criu::{DumpRequest, ImageKind, PageEvent, plan};
-use crate::memory::tracker::{Found, Source, tasks};
 use crate::memory::sets::encode_ranges;
+use crate::memory::tracker::{Found, Source, tasks};
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
 
@@ -107,10 +106,14 @@ pub(super) fn freeze(
     let (dumped, copied) = thread::scope(|scope| {
         let found = &found;
         let copier = &mut *copier;
+        let (abort, link) = (cx.abort, cx.link);
         let pages = scope.spawn(move || {
             let begun = Instant::now();
-            let go_on = |_| if cx_abort(cx.abort) { bail!("the migration was given up by request") } else { Ok(()) };
-            let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, cx.link, &go_on) };
+            let go_on = |_| {
+                ensure!(!abort.asked(), "the migration was given up by request");
+                Ok(())
+            };
+            let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, link, &go_on) };
             (copied, millis(begun - since), millis(begun.elapsed()))
         });
         let dumped = worker.dump(&mut request, &mut |event| {
@@ -171,7 +174,6 @@ pub(super) fn freeze(
     }
     let sent = sender.finish()?;
     drop(dir);
-    (cx.events)(Event::Progress { bytes: cx.link.wire().bytes().0 });
     let report = Report {
         migration_id: cx.options.migration_id.clone(),
         sent,
@@ -183,17 +185,12 @@ pub(super) fn freeze(
     Ok(Stopped { still, report, left })
 }
 
-fn cx_abort(abort: &super::abort::Abort) -> bool {
-    abort.asked()
-}
-
 /// CRIU puts a system call into one of a task's executable pages for a moment and takes it out again: such pages are not read
 /// while it works, but after it, as everything that was not sent.
 fn keep_from_code(found: &mut [Found]) -> Result<()> {
     for f in found {
         let Source::Task(pid) = f.source else { continue };
-        let code: RangeSet =
-            maps::mappings(pid)?.into_iter().filter(|m| m.exec).map(|m| m.range).collect();
+        let code: RangeSet = maps::mappings(pid)?.into_iter().filter(|m| m.exec).map(|m| m.range).collect();
         f.written = f.written.difference(&code);
     }
     Ok(())

@@ -34,7 +34,12 @@ pub(super) struct Served {
 }
 
 /// Sends everything in `left`. On an error `left` is what the destination does not have.
-pub(super) fn serve(cx: &Context<'_>, copier: &mut Copier, tasks: &[Task], left: &mut Left) -> Result<Served> {
+pub(super) fn serve(
+    cx: &Context<'_>,
+    copier: &mut Copier,
+    tasks: &[Task],
+    left: &mut Left,
+) -> Result<Served> {
     let begun = Instant::now();
     let mut served = Served::default();
     let mut wants = VecDeque::new();

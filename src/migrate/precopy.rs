@@ -2,7 +2,7 @@
 //! is allowed or no longer shrinks. The decision itself is [`crate::memory::converge`]'s.
 
 use std::cell::Cell;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -17,9 +17,9 @@ use super::report::{Clock, Round, millis};
 use crate::control::Event;
 use crate::criu::MemoryMode;
 use crate::criu::dump::{PreparedDump, Worker};
+use crate::criu::page_server::page_size;
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
-use crate::criu::page_server::page_size;
 
 /// How to go on when the rounds have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(super) fn run(
     let tuning = &cx.options.tuning;
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
-    let budget = Budget::new(tuning.max_downtime(), tuning.max_rounds, tuning.mode);
+    let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
     let started = Instant::now();
     let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), started };
     let mut decision = converge::decide(&[], &budget, None);
@@ -122,7 +122,8 @@ impl Rounds<'_> {
         let cx = self.cx;
         cx.go_on()?;
         let n = self.all.len() as u32 + 1;
-        cx.begin(clock, &format!("round {n}"));
+        clock.phase(&format!("round {n}"));
+        (cx.events)(Event::Round { n, total: Some(bytes_of(found)) });
         fault::point("round");
         let begun = Instant::now();
         cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
@@ -131,7 +132,7 @@ impl Rounds<'_> {
             sent.set(sent.get() + bytes);
             if sent.get() - shown.get() > 8 << 20 {
                 shown.set(sent.get());
-                (cx.events)(Event::Progress { bytes: cx.link.wire().bytes().0 });
+                (cx.events)(Event::Progress { bytes: sent.get(), total: None });
             }
             cx.go_on()
         })?;
@@ -148,7 +149,7 @@ impl Rounds<'_> {
             dirty_after_bytes,
         };
         self.stats.push(stats);
-        self.all.push(Round {
+        let round = Round {
             n,
             start_ms: millis(begun - self.started),
             ms: millis(took),
@@ -157,10 +158,12 @@ impl Rounds<'_> {
             wire_bytes: copied.wire_bytes,
             zero_pages: copied.zero_bytes / page,
             dirty_after_bytes,
-            dirty_rate: stats.dirty_rate(),
+            dirty_rate: stats.dirty_rate() as u64,
             layer_bytes: layer.bytes,
             layer_entries: layer.entries,
-        });
+        };
+        (cx.events)(Event::RoundDone { round: round.clone() });
+        self.all.push(round);
         Ok(next)
     }
 
@@ -181,7 +184,8 @@ impl Rounds<'_> {
         // resident anonymous and shared pages: fields 2 and 3 of statm, in pages
         let anonymous = |pid: &i32| {
             let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-            let field = |n: usize| text.split_whitespace().nth(n).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+            let field =
+                |n: usize| text.split_whitespace().nth(n).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
             field(1).saturating_sub(field(2)) * page
         };
         Ok(pids.iter().map(anonymous).sum())

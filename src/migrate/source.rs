@@ -25,19 +25,18 @@ use super::fault;
 use super::layers::Layers;
 use super::link::Link;
 use super::live;
+use super::loss::Loss;
 use super::postcopy;
 use super::precopy;
 use super::prepared::Prepared;
-use super::protocol::{
-    Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
-};
+use super::protocol::{Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Running, VERSION, Welcome};
 use super::report::{Clock, PostCopy, Report, Side, millis};
 pub use super::still::Still;
 use super::tuning::{OnPostCopyFailure, Tuning};
 use super::wire::{FrameSink, Wire};
 use crate::control::{Event, Limits};
 use crate::criu::MemoryMode;
-use crate::memory::{Space, tracker};
+use crate::memory::{RangeSet, Space, tracker};
 use crate::rootfs::WritableLayer;
 
 /// What the source needs of the shim's container.
@@ -70,7 +69,7 @@ pub enum Outcome {
     /// tasks are frozen until [`Still::resolve`].
     Undecided(Still, String),
     /// Pages were lost in the post-copy: the container is gone here and cannot live on the destination.
-    Lost(Failure),
+    Lost(Loss),
 }
 
 /// What [`send`] and [`checkpoint`] are told.
@@ -79,6 +78,8 @@ pub struct Options {
     pub migration_id: String,
     /// This node, for errors.
     pub node: String,
+    /// The destination's name.
+    pub peer: String,
     /// Limits.
     pub limits: Limits,
     /// What the operator chose.
@@ -111,12 +112,7 @@ pub fn send(
     })
 }
 
-fn try_send(
-    cx: &Context<'_>,
-    ticket: &str,
-    task: Box<dyn SourceTask>,
-    clock: &mut Clock,
-) -> Result<Outcome> {
+fn try_send(cx: &Context<'_>, ticket: &str, task: Box<dyn SourceTask>, clock: &mut Clock) -> Result<Outcome> {
     cx.begin(clock, "prepare");
     let prepared = Prepared::new(&*task, cx.options)?;
     let hello = Hello {
@@ -128,7 +124,7 @@ fn try_send(
     cx.link.json(Kind::Hello, &hello)?;
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
-    let live = welcome.version >= LIVE && prepared.criu.memory_modes().parent.is_ok();
+    let live = welcome.version >= LIVE && prepared.criu.memory_modes().best == MemoryMode::Parent;
     let manifest = Manifest { live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
@@ -176,7 +172,8 @@ fn send_live(
     };
     let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
     let tasks = tracker::tasks(&pids);
-    let mut want = |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range).map(drop);
+    let mut want =
+        |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range).map(drop);
     let (mut still, mut report) = match commit(cx, still, report, clock, &mut want)? {
         Committed::Undecided(still, lost) => return Ok(Outcome::Undecided(still, lost)),
         Committed::Runs(still, report) => (still, report),
@@ -195,7 +192,7 @@ fn send_live(
                 });
                 note_fill(&mut report, &filled);
             }
-            Err(e) => return Ok(lost(cx, still, clock, &left, &e)),
+            Err(e) => return Ok(lost(cx, still, &left, &e)),
         }
         cx.begin(clock, "clean up");
         if let Err(e) = still.gone() {
@@ -210,7 +207,9 @@ fn send_live(
         cx.begin(clock, "fill");
         match postcopy::filled(cx) {
             Ok(filled) => note_fill(&mut report, &filled),
-            Err(e) => report.warnings.push(format!("the destination did not say that its memory is in place: {e:#}")),
+            Err(e) => report
+                .warnings
+                .push(format!("the destination did not say that its memory is in place: {e:#}")),
         }
     }
     copier.stop();
@@ -232,29 +231,23 @@ fn done(cx: &Context<'_>, mut report: Report, clock: &mut Clock) -> Report {
 }
 
 /// The connection broke, or the destination gave up, while pages were still here.
-fn lost(
-    cx: &Context<'_>,
-    mut still: Still,
-    clock: &Clock,
-    left: &live::Left,
-    e: &anyhow::Error,
-) -> Outcome {
-    let bytes: u64 = left.values().map(crate::memory::RangeSet::bytes).sum();
-    let what = format!(
-        "{} KiB of the container's memory had not reached the destination, where it cannot go on without them: {e:#}",
-        bytes >> 10
-    );
-    match cx.options.tuning.on_post_copy_failure {
-        OnPostCopyFailure::Thaw => Outcome::Undecided(still, what),
+fn lost(cx: &Context<'_>, mut still: Still, left: &live::Left, e: &anyhow::Error) -> Outcome {
+    let choice = cx.options.tuning.on_post_copy_failure;
+    let loss = Loss {
+        node: cx.options.node.clone(),
+        peer: cx.options.peer.clone(),
+        bytes: left.values().map(RangeSet::bytes).sum(),
+        choice,
+        cause: format!("{e:#}"),
+    };
+    match choice {
+        // what is here is the only whole copy: it must not run before the other one is dead for certain
+        OnPostCopyFailure::Thaw => Outcome::Undecided(still, loss.sentence("the container")),
         OnPostCopyFailure::Kill => {
-            still.disarm();
-            let killed = still.gone();
-            let mut failure = failure_of(&anyhow::anyhow!(what), clock.current(), &cx.options.node);
-            failure.advice = match killed {
-                Ok(()) => "the container is lost: its frozen copy here was killed, as --on-post-copy-failure kill says; start it anew".into(),
-                Err(e) => format!("the container is lost; killing its frozen copy here failed: {e:#}"),
-            };
-            Outcome::Lost(failure)
+            if let Err(e) = still.gone() {
+                log::error!("after a loss in the post-copy: {e:#}");
+            }
+            Outcome::Lost(loss)
         }
     }
 }

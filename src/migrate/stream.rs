@@ -20,14 +20,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::codec::Kind;
-use super::protocol::{FileHeader, Final};
 use super::link::Link;
+use super::protocol::{FileHeader, Final};
 use crate::criu::page_server::page_size;
 use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
 use crate::memory::read::Chunk;
-use crate::memory::store::Store;
 use crate::memory::sets::decode_ranges;
+use crate::memory::store::Store;
 use crate::memory::{RangeSet, Space, batch};
 use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
 
@@ -270,6 +270,16 @@ impl Receiver {
         }
     }
 
+    /// The rounds before the mount are over.
+    pub(super) fn layer_before_mount(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The root file system is mounted there: what comes now changes a mounted layer.
+    pub(super) fn layer_mounted(&mut self, _merged: &Path) -> Result<()> {
+        Ok(())
+    }
+
     fn page_event(&mut self, event: PageEvent<'_>) -> Result<()> {
         match &mut self.pages {
             Memory::Whole(pages) => pages.event(event),
@@ -309,7 +319,7 @@ impl Receiver {
             Kind::Memory => {
                 let LiveMemory { store, scratch, .. } = self.live_memory()?;
                 let batch = batch::decode(payload, scratch)?;
-                let space = batch.space();
+                let space = batch.space;
                 for chunk in batch.chunks() {
                     match chunk {
                         Chunk::Data { vaddr, bytes } => store.put(space, vaddr, bytes)?,

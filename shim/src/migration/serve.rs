@@ -142,6 +142,7 @@ fn send(
     let options = Options {
         migration_id: migration_id.clone(),
         node: request.node.clone(),
+        peer: request.peer.clone(),
         limits: request.limits.clone(),
         tuning: request.tuning.clone(),
     };
@@ -150,7 +151,17 @@ fn send(
         let name = tls::migration_name(&migration_id);
         let silence = std::time::Duration::from_secs(request.limits.silence_s);
         let wire = Wire::connect(tcp, config, &name, silence)?;
-        source::send(wire, &request.ticket, Box::new(leaving), &options, &abort, say)
+        let tell = |event: Event| {
+            if let Event::PostCopy { bytes, total } = event {
+                slot.set(MigrationState::Feeding {
+                    migration_id: migration_id.clone(),
+                    peer: request.peer.clone(),
+                    left: total - bytes,
+                });
+            }
+            say(event);
+        };
+        source::send(wire, &request.ticket, Box::new(leaving), &options, &abort, &tell)
     })();
     match outcome {
         Ok(Outcome::Moved(report)) => {
@@ -164,9 +175,10 @@ fn send(
             say(Event::Undecided { message });
             Ok(None)
         }
-        Ok(Outcome::Lost(failure)) => {
-            slot.end(MigrationState::Moved { migration_id });
-            Err(failure.into())
+        Ok(Outcome::Lost(loss)) => {
+            let (peer, bytes, choice) = (loss.peer.clone(), loss.bytes, loss.choice);
+            slot.end(MigrationState::Lost { migration_id, peer, bytes, choice });
+            Err(loss.failure(&container.id).into())
         }
         Err(e) => {
             slot.end(MigrationState::Idle);
@@ -192,19 +204,12 @@ fn checkpoint(
     let options = Options {
         migration_id,
         node: request.node.clone(),
+        peer: String::new(),
         limits: request.limits,
         tuning: Tuning::default(),
     };
     let result = archive::create(file).and_then(|wire| {
-        source::checkpoint(
-            wire,
-            Box::new(leaving),
-            &options,
-            request.container,
-            request.stop,
-            &abort,
-            say,
-        )
+        source::checkpoint(wire, Box::new(leaving), &options, request.container, request.stop, &abort, say)
     });
     slot.end(MigrationState::Idle);
     result.map(Some).map_err(|e| failure_of(&e, "checkpoint", &options.node).into())
@@ -248,7 +253,7 @@ fn arrive(
         .map_err(|e| anyhow!(e))?;
     match work(&abort) {
         Ok((report, filling)) => {
-            slot.arrived(migration_id, filling);
+            slot.arrived(request, filling);
             Ok(Some(report))
         }
         Err(e) => {
