@@ -27,7 +27,6 @@ pub mod log;
 pub mod options;
 pub mod page_server;
 mod parent;
-pub mod plan;
 pub mod probe;
 #[cfg(test)]
 mod proof;

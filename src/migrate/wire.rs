@@ -303,15 +303,3 @@ mod tests {
         assert_eq!(e.downcast_ref::<Failure>(), Some(&why));
     }
 }
-impl Wire {
-    /// stub
-    pub fn fd(&self) -> i32 {
-        0
-    }
-    /// stub
-    pub fn try_recv(&mut self) -> Result<Option<Kind>> {
-        Ok(None)
-    }
-    /// stub
-    pub fn low_latency(&mut self, _: bool) {}
-}
