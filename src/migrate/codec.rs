@@ -17,6 +17,9 @@ use xxhash_rust::xxh3::xxh3_64;
 pub const HEADER_LEN: usize = 16;
 /// The largest payload of a data frame (pages, file and layer content), in bytes.
 pub const MAX_DATA: usize = (1 << 20) + 64;
+/// The largest payload of a [`Kind::Memory`] frame, in bytes: a megabyte of pages, the list of their runs, and what
+/// compression may add to data that does not shrink.
+pub const MAX_MEMORY: usize = (1 << 20) + (128 << 10);
 /// The largest payload of a control frame (JSON), in bytes: an offer holds a container's whole spec.
 pub const MAX_CONTROL: usize = 16 << 20;
 /// Flag: a receiver that does not know this kind may skip the frame.
@@ -46,12 +49,29 @@ pub enum Kind {
     PagesHole = 22,
     /// The memory opened last is complete.
     PagesClose = 23,
+    /// Raw: pages of one space, many runs, maybe compressed ([`crate::memory::batch`]).
+    Memory = 24,
+    /// Raw: post-copy, the destination asks for pages: kind u8, id u64, start u64, end u64.
+    MemoryWant = 25,
+    /// JSON (may be `{}`): post-copy, everything that was still on the source has been sent.
+    MemoryDone = 26,
+    /// JSON: a pre-copy round begins or ends.
+    Round = 27,
+    /// JSON: the source is about to freeze.
+    Prepare = 28,
+    /// JSON: the destination stands at gate 1 and waits for the rest.
+    Ready = 29,
     /// Raw: one entry of the writable layer ([`crate::rootfs::Entry`]).
     LayerEntry = 30,
     /// Raw: content of the entry sent last: offset u64, bytes.
     LayerData = 31,
     /// JSON: the layer is complete.
     LayerEnd = 32,
+    /// Raw: what of one space is still on the source at the commit: kind u8, id u64, then (start u64, end u64)*.
+    /// A space with more ranges than one frame holds has several frames.
+    RemotePages = 33,
+    /// Raw, in the same form: what of one space was written or used last, and is best restored eagerly.
+    HotPages = 34,
     /// JSON: stdio that was queued at the freeze (opaque to this crate, the shim's `Carry`).
     Stdio = 40,
     /// JSON [`super::protocol::Final`]: everything was sent.
@@ -70,7 +90,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, for decoding and for tests.
-    pub const ALL: [Kind; 20] = [
+    pub const ALL: [Kind; 28] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Manifest,
@@ -81,9 +101,17 @@ impl Kind {
         Kind::Pages,
         Kind::PagesHole,
         Kind::PagesClose,
+        Kind::Memory,
+        Kind::MemoryWant,
+        Kind::MemoryDone,
+        Kind::Round,
+        Kind::Prepare,
+        Kind::Ready,
         Kind::LayerEntry,
         Kind::LayerData,
         Kind::LayerEnd,
+        Kind::RemotePages,
+        Kind::HotPages,
         Kind::Stdio,
         Kind::Final,
         Kind::Restored,
@@ -102,6 +130,8 @@ impl Kind {
     pub fn cap(self) -> usize {
         match self {
             Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
+            Kind::RemotePages | Kind::HotPages => MAX_DATA,
+            Kind::Memory => MAX_MEMORY,
             Kind::Stdio => MAX_CONTROL,
             Kind::Manifest => MAX_CONTROL,
             _ => 64 << 10,
@@ -240,6 +270,8 @@ mod tests {
             assert_eq!(Kind::ALL.iter().filter(|o| **o as u16 == k as u16).count(), 1);
         }
         assert_eq!(Kind::from_wire(0), None);
+        let newest = [24, 25, 26, 27, 28, 29, 33, 34].map(|n| Kind::from_wire(n).expect("a kind"));
+        assert!(newest.iter().all(|k| k.cap() <= MAX_MEMORY));
     }
 
     #[test]
