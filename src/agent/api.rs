@@ -16,6 +16,8 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::migrate::tuning::Asked;
+
 /// Where the agent listens for the command line, unless its config says otherwise. Mode 0600: root only.
 pub const DEFAULT_SOCKET: &str = "/run/transship/agent.sock";
 
@@ -58,6 +60,8 @@ pub struct MigrateRequest {
     pub silence_seconds: u64,
     /// Largest open-but-deleted file that is carried along, in bytes; 0 takes the agent's default.
     pub ghost_limit: u64,
+    /// How memory moves; what is not said takes the agent's default.
+    pub tuning: Asked,
 }
 
 /// See [`Request::Checkpoint`].

@@ -270,6 +270,7 @@ async fn send(
             peer: peer.clone(),
             address: request.to.clone(),
             tls: agent.config.pki().material()?,
+            tuning: agent.config.migration.tuning(&request.tuning),
             limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
         };
         let id = &subject.record.id;

@@ -9,6 +9,7 @@ use super::output::{Answer, error_text};
 use super::peer::Peer;
 use super::progress::Progress;
 use super::table::{Align, render};
+use super::tuning::Options;
 use super::{Common, Namespace, ask, unexpected, units};
 use crate::agent::api::{ErrorReport, ExitCode, MigrateRequest, Reply, Report, Request};
 use crate::migrate::report::Report as ShimReport;
@@ -38,6 +39,9 @@ pub struct Migrate {
     /// Largest open-but-deleted file that is carried along, in bytes [default: the agent's]
     #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
     pub ghost_limit: u64,
+    /// How memory moves.
+    #[command(flatten)]
+    pub tuning: Options,
     /// When it does not run, move it cold without asking
     #[arg(short, long)]
     pub yes: bool,
@@ -78,6 +82,7 @@ impl Migrate {
             ignore_cpu: self.ignore_cpu,
             silence_seconds: self.silence,
             ghost_limit: self.ghost_limit,
+            tuning: self.tuning.asked(),
         });
         let mut progress = Progress::new(common.json);
         match common.call(&request, &mut progress)? {
@@ -161,6 +166,7 @@ mod tests {
 
     use super::*;
     use crate::agent::api::{Event, PhaseTime, read_frame, write_frame};
+    use crate::migrate::tuning::Mode;
 
     fn report() -> Report {
         let phase = |name: &str, ms| PhaseTime { name: name.into(), ms };
@@ -246,6 +252,7 @@ redis runs on node-b now (from node-a, 812.0 ms)
             ignore_cpu: true,
             silence: 7,
             ghost_limit: 0,
+            tuning: Options { mode: Some(Mode::PreCopy), ..Options::default() },
             yes,
         };
         (common, migrate)
@@ -268,6 +275,7 @@ redis runs on node-b now (from node-a, 812.0 ms)
         assert_eq!((first.cold, second.cold), (false, true));
         assert_eq!((first.to.as_str(), first.namespace.as_str()), ("node-b:7420", "k8s.io"));
         assert_eq!((first.ignore_cpu, first.silence_seconds), (true, 7));
+        assert_eq!((first.tuning.mode, first.tuning.compress), (Some(Mode::PreCopy), None));
 
         let socket = dir.path().join("no.sock");
         let agent = fake_agent(&socket, vec![stopped()]);

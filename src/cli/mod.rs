@@ -9,6 +9,7 @@
 //! | [`progress`] | phases and bytes while the agent works |
 //! | [`table`], [`units`] | columns; bytes and milliseconds in words |
 //! | [`peer`] | `HOST[:PORT]` |
+//! | [`tuning`] | the options of a live migration |
 //! | [`ask`] | a question on the terminal |
 //!
 //! Results go to stdout, progress and errors to stderr. With `--json` stdout carries exactly one line: one object, also for
@@ -28,6 +29,7 @@ pub mod ps;
 pub mod resolve;
 pub mod restore;
 pub mod table;
+pub mod tuning;
 pub mod units;
 pub mod version;
 
@@ -216,6 +218,8 @@ mod tests {
         for line in [
             "transship migrate redis --to node-b",
             "transship migrate redis --to [::1]:7420 -n k8s.io --cold --ignore-cpu --yes --json",
+            "transship migrate redis --to b --mode pre-copy --max-downtime 1s --bandwidth 1Gbit/s --compress zstd",
+            "transship migrate redis --to b --on-post-copy-failure thaw --bandwidth unlimited",
             "transship checkpoint redis --output /tmp/x --stop --json",
             "transship restore /tmp/x --name other",
             "transship ps --json",
@@ -239,6 +243,11 @@ mod tests {
         for line in [
             "transship migrate redis",
             "transship migrate redis --to node-b:port",
+            "transship migrate redis --to b --mode sideways",
+            "transship migrate redis --to b --max-downtime 300",
+            "transship migrate redis --to b --bandwidth 0MB/s",
+            "transship migrate redis --to b --compress gzip",
+            "transship migrate redis --to b --on-post-copy-failure panic",
             "transship checkpoint redis",
             "transship resolve redis",
             "transship resolve redis --run-here --moved",

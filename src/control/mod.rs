@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use crate::migrate::protocol::Failure;
 use crate::migrate::report::Report;
+use crate::migrate::tuning::Tuning;
 use crate::net::NetConfig;
 
 pub mod client;
@@ -125,6 +126,9 @@ pub struct SendRequest {
     /// Where the destination's agent is, for who asks it what became of the migration.
     #[serde(default)]
     pub address: String,
+    /// What the operator chose.
+    #[serde(default)]
+    pub tuning: Tuning,
     /// This node's certificate.
     pub tls: TlsMaterial,
     /// Limits.

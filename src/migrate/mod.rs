@@ -28,6 +28,7 @@
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`] | phases, durations, bytes |
+//! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
 //!
 //! What does not live here: containerd (the agent's room), runc and stdio (the shim's; both are reached through
 //! the two traits [`source::SourceTask`] and [`destination::DestinationTask`]).
@@ -38,7 +39,9 @@ pub mod codec;
 pub mod destination;
 pub mod fault;
 pub mod protocol;
+pub mod quantity;
 pub mod report;
 pub mod source;
 pub mod stream;
+pub mod tuning;
 pub mod wire;
