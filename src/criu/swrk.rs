@@ -246,7 +246,7 @@ fn mount(from: Option<&CStr>, to: &CStr, kind: Option<&CStr>, flags: libc::c_ulo
     check(unsafe { libc::mount(raw(from), to.as_ptr(), raw(kind), flags, std::ptr::null()) }).map(drop)
 }
 
-fn prepend_path(first: &Path, rest: Option<&OsStr>) -> std::ffi::OsString {
+pub(super) fn prepend_path(first: &Path, rest: Option<&OsStr>) -> std::ffi::OsString {
     let mut path = first.as_os_str().to_owned();
     if let Some(rest) = rest {
         path.push(":");
