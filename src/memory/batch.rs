@@ -167,8 +167,7 @@ impl Header {
 /// A payload that was checked.
 #[derive(Debug)]
 pub struct Batch<'a> {
-    /// Whose pages these are.
-    pub space: Space,
+    space: Space,
     data: &'a [u8],
     runs: &'a [u8],
 }
@@ -202,6 +201,11 @@ pub fn decode<'a>(payload: &'a [u8], scratch: &'a mut Vec<u8>) -> Result<Batch<'
 }
 
 impl<'a> Batch<'a> {
+    /// Whose pages these are.
+    pub fn space(&self) -> Space {
+        self.space
+    }
+
     /// The runs, in the order in which they count.
     pub fn chunks(&self) -> impl Iterator<Item = Chunk<'a>> + use<'a> {
         let mut data = self.data;
@@ -305,7 +309,7 @@ mod tests {
                 let payload = pack.pack(payload);
                 assert!(payload.len() <= MAX_MEMORY);
                 let batch = decode(&payload, &mut scratch).unwrap();
-                assert_eq!(batch.space, SPACE);
+                assert_eq!(batch.space(), SPACE);
                 pages(batch.chunks(), &mut got);
                 builder.reuse(payload);
             }
