@@ -242,12 +242,55 @@ impl Report {
         self.freeze_start_ms.or_else(phase)
     }
 
+    /// What the freeze was spent on, in the order in which it began. A shim that noted no items is helped out with the phases
+    /// that fell into the freeze.
+    pub fn freeze_items(&self) -> Vec<Item> {
+        let mut all = self.freeze.clone();
+        if all.is_empty()
+            && let Some(from) = self.frozen_at()
+        {
+            let end = from + self.freeze_ms;
+            let mut add = |phases: &[Phase], offset: f64, side: Side| {
+                let shifted = phases.iter().map(|p| (p, p.start_ms + offset - from));
+                let inside = shifted.filter(|(p, at)| *at >= -0.001 && *at < end - from && p.ms > 0.0);
+                all.extend(inside.map(|(p, at)| {
+                    let (start_ms, ms) = (at.max(0.0), p.ms.min(end - from - at));
+                    Item { name: p.name.clone(), start_ms, ms, side }
+                }));
+            };
+            add(&self.phases, 0.0, Side::Source);
+            if self.destination_offset_ms > 0.0 {
+                add(&self.destination_phases, self.destination_offset_ms, Side::Destination);
+            }
+        }
+        all.sort_by(|a, b| a.start_ms.total_cmp(&b.start_ms));
+        all
+    }
+
     /// Bytes that the container wrote in a second while it was copied: the mean over the rounds, by their lengths.
     pub fn dirty_rate(&self) -> Option<u64> {
         let ms: f64 = self.rounds.iter().map(|r| r.ms).sum();
         let written: f64 = self.rounds.iter().map(|r| r.dirty_rate as f64 * r.ms).sum();
         (ms > 0.0).then(|| (written / ms) as u64)
     }
+}
+
+/// Phases with those of single rounds (`round 7`) put together, so that a hundred of them are one.
+pub fn fused(phases: &[Phase]) -> Vec<Phase> {
+    let of_round = |name: &str| {
+        name.strip_prefix("round ").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let mut all: Vec<Phase> = Vec::new();
+    for phase in phases {
+        match all.last_mut() {
+            Some(last) if last.name == "rounds" && of_round(&phase.name) => {
+                last.ms = phase.start_ms + phase.ms - last.start_ms;
+            }
+            _ if of_round(&phase.name) => all.push(Phase { name: "rounds".into(), ..phase.clone() }),
+            _ => all.push(phase.clone()),
+        }
+    }
+    all
 }
 
 /// Measures phases one after the other.
@@ -316,6 +359,50 @@ mod tests {
         let report = Report { rounds: vec![round(900.0, 100), round(100.0, 1100)], ..Report::default() };
         assert_eq!(report.dirty_rate(), Some(200));
         assert_eq!(Report { freeze_start_ms: Some(3.0), ..Report::default() }.frozen_at(), Some(3.0));
+    }
+
+    #[test]
+    fn a_shim_without_items_is_helped_out_with_its_phases() {
+        let phase = |name: &str, start_ms, ms| Phase { name: name.into(), start_ms, ms };
+        let mut report = Report {
+            freeze_ms: 50.0,
+            phases: vec![
+                phase("prepare", 0.0, 10.0),
+                phase("freeze", 10.0, 5.0),
+                phase("dump", 15.0, 30.0),
+                phase("commit", 45.0, 99.0),
+            ],
+            destination_phases: vec![phase("receive", 0.0, 40.0), phase("restore", 40.0, 12.0)],
+            ..Report::default()
+        };
+        let names = |r: &Report| {
+            r.freeze_items().iter().map(|i| (i.name.clone(), i.start_ms, i.ms)).collect::<Vec<_>>()
+        };
+        let own =
+            [("freeze".to_string(), 0.0, 5.0), ("dump".into(), 5.0, 30.0), ("commit".into(), 35.0, 15.0)];
+        assert_eq!(names(&report), own);
+        // the destination's only when its clock is known
+        report.destination_offset_ms = 2.0;
+        assert_eq!(names(&report)[2], ("restore".to_string(), 32.0, 12.0));
+        report.freeze = vec![
+            Item { name: "b".into(), start_ms: 2.0, ..Item::default() },
+            Item { name: "a".into(), ..Item::default() },
+        ];
+        assert_eq!(report.freeze_items()[0].name, "a");
+    }
+
+    #[test]
+    fn rounds_are_one_phase_when_put_together() {
+        let phase = |name: &str, start_ms, ms| Phase { name: name.into(), start_ms, ms };
+        let all = [
+            phase("prepare", 0.0, 1.0),
+            phase("round 1", 1.0, 5.0),
+            phase("round 2", 6.5, 2.0),
+            phase("round trip", 9.0, 1.0),
+        ];
+        let fused = fused(&all);
+        assert_eq!(fused.len(), 3);
+        assert_eq!(fused[1], phase("rounds", 1.0, 7.5));
     }
 
     #[test]
