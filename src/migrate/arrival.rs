@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::abort::Abort;
 use super::codec::Kind;
@@ -15,17 +15,15 @@ use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
 use super::prepared::ImagesDir;
-use super::protocol::{Commit, Failure, Filled, Final, Manifest, Prepare, Ready, Restored, Round, Running};
+use super::protocol::{Commit, Failure, Filled, Final, Manifest, Ready, Restored, Round, Running};
 use super::report::{Clock, Item, Report, Side, millis};
 use super::stream::Receiver;
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
+use crate::criu::gate_server::Opening;
 use crate::criu::{Criu, GateServer};
 use crate::net;
 use crate::rootfs::KeptTimes;
-
-/// Memory of at most this many bytes is restored by CRIU itself: starting the page daemon costs more than it saves.
-const EAGER: u64 = 24 << 20;
 
 /// The container on its way in.
 pub(super) struct Arrival<'a> {
@@ -39,7 +37,7 @@ pub(super) struct Arrival<'a> {
 /// `runc restore` runs and waits in front of CRIU's restore.
 struct AtGate {
     gate: GateServer,
-    daemon: Option<Started>,
+    daemon: Started,
 }
 
 impl Arrival<'_> {
@@ -69,17 +67,14 @@ impl Arrival<'_> {
         let whole = receiver.finish_live(&totals)?;
         let AtGate { mut gate, daemon } = at.context("the source never said that it would freeze")?;
         let now = item("plan", 0.0);
-        let serving = match daemon {
-            Some(daemon) => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),
-            None => {
-                ensure!(whole.plan.lazy_bytes == 0, "pages were left for a page daemon that was not started");
-                None
-            }
+        let serving = match whole.plan.is_eager() {
+            true => None,
+            false => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),
         };
         fault::point("restoring");
         self.phase(clock, "criu restore");
         let times = KeptTimes::of(&self.task.bundle().join("rootfs"));
-        gate.open_restore()?;
+        gate.open_restore_with(&Opening { lazy_pages: serving.is_some(), ..Opening::default() })?;
         wait_for(At::PostRestore, &mut gate, self.link, self.task, self.abort, true)?;
         drop(times);
         let now = item("CRIU restore", now);
@@ -161,11 +156,10 @@ impl Arrival<'_> {
                     self.phase(clock, &format!("round {}", round.n));
                 }
                 Kind::Prepare => {
-                    let prepare: Prepare = wire.message()?;
                     drop(wire);
                     ensure!(at.is_none(), "the source prepares twice");
                     receiver.layer_before_mount()?;
-                    at = Some(self.prepare(&prepare, images, manifest, clock)?);
+                    at = Some(self.prepare(images, manifest, clock)?);
                     receiver.layer_mounted(&self.task.bundle().join("rootfs"))?;
                     self.link.json(Kind::Ready, &Ready {})?;
                     self.link.flush()?;
@@ -185,7 +179,6 @@ impl Arrival<'_> {
     /// Everything that does not need the last delta.
     fn prepare(
         &mut self,
-        prepare: &Prepare,
         images: &std::path::Path,
         manifest: &Manifest,
         clock: &mut Clock,
@@ -197,10 +190,9 @@ impl Arrival<'_> {
             Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
         let program: PathBuf = self.task.program()?;
         let mut gate = GateServer::prepare(&self.task.bundle(), &program, &criu.path, "")?;
-        let lazy = prepare.post_copy || prepare.memory > EAGER;
-        let daemon = if lazy { Some(Started::new(&self.task.work_dir()?, &program)?) } else { None };
+        let daemon = Started::new(&self.task.work_dir()?, &program)?;
         self.phase(clock, "runc restore");
-        self.task.restore(images, gate.dir(), lazy).context("starting runc restore")?;
+        self.task.restore(images, gate.dir()).context("starting runc restore")?;
         wait_for(At::Restore, &mut gate, self.link, self.task, self.abort, true)?;
         Ok(AtGate { gate, daemon })
     }
@@ -214,13 +206,13 @@ impl Arrival<'_> {
                 // a page that was asked for during the restore
                 Kind::Memory => match serving {
                     Some(serving) => serving.deliver(wire.payload()),
-                    None => anyhow::bail!("the source sends pages that nobody asked for"),
+                    None => bail!("the source sends pages that nobody asked for"),
                 },
                 Kind::Failed => {
                     return Err(anyhow::Error::from(wire.message::<Failure>()?))
                         .context("waiting for the source's commit");
                 }
-                kind => anyhow::bail!("the source sent {kind:?} where Commit was due"),
+                kind => bail!("the source sent {kind:?} where Commit was due"),
             }
         }
     }

@@ -50,9 +50,8 @@ pub trait DestinationTask: Send {
     fn stdio(&mut self, kinds: &Value) -> Result<()>;
     /// CRIU's work directory, where its log and the page daemon's socket are; it exists.
     fn work_dir(&self) -> Result<PathBuf>;
-    /// Starts `runc restore` on these images, with this directory first in PATH, and returns at once. `lazy`: a page daemon
-    /// listens in the work directory.
-    fn restore(&mut self, images: &Path, path_first: &Path, lazy: bool) -> Result<()>;
+    /// Starts `runc restore` on these images, with this directory first in PATH, and returns at once.
+    fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()>;
     /// `runc restore` has ended: `Ok` with the init's pid, or what it (and CRIU) said.
     fn restored(&mut self) -> Option<Result<u32>>;
     /// The tasks exist and stand at the gate: a terminal is attached, stdio gets what was queued on the source.
@@ -187,7 +186,7 @@ fn take(
     let mut gate = GateServer::prepare(&task.bundle(), &task.program()?, &criu.path, "")?;
     phase(clock, "runc restore");
     task.work_dir()?;
-    task.restore(&images.0, gate.dir(), false).context("starting runc restore")?;
+    task.restore(&images.0, gate.dir()).context("starting runc restore")?;
     wait_for(At::Restore, &mut gate, link, task, abort, waits)?;
     fault::point("restoring");
     phase(clock, "criu restore");

@@ -248,7 +248,7 @@ struct Peer {
 impl Peer {
     fn put(&mut self, payload: &[u8], put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<()> {
         let batch = batch::decode(payload, &mut self.scratch)?;
-        let space = batch.space;
+        let space = batch.space();
         batch.chunks().try_for_each(|chunk| put(space, chunk))
     }
 }

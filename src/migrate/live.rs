@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
@@ -20,7 +21,8 @@ use super::report::{Clock, Item, Report, Side, millis};
 use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
-use crate::criu::{DumpRequest, ImageKind, PageEvent, plan};
+use crate::criu::mm_image::Mappings;
+use crate::criu::{DumpRequest, ImageKind, PageEvent};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Source, tasks};
 use crate::memory::{RangeSet, Space, maps};
@@ -140,7 +142,7 @@ pub(super) fn freeze(
         for (space, pages) in listed.spaces {
             let mut late = copier.unsent(space, &pages);
             if post_copy && space.kind == ImageKind::Pid {
-                let needed = plan::needed_at_restore(&images, space.id)?;
+                let needed = needed_at_restore(&images, space.id)?;
                 let remote = late.difference(&needed);
                 late = late.intersection(&needed);
                 left.insert(space, remote);
@@ -183,6 +185,13 @@ pub(super) fn freeze(
         ..Report::default()
     };
     Ok(Stopped { still, report, left })
+}
+
+/// Addresses of a task whose pages cannot follow later: its stack is used at once, and the rest CRIU restores itself.
+fn needed_at_restore(images: &Path, id: u64) -> Result<RangeSet> {
+    let mappings = Mappings::read(images, id)?;
+    let all = RangeSet::from(0..u64::MAX);
+    Ok(all.difference(&mappings.lazy()).union(&mappings.stacks()))
 }
 
 /// CRIU puts a system call into one of a task's executable pages for a moment and takes it out again: such pages are not read

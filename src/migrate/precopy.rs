@@ -72,7 +72,7 @@ pub(super) fn run(
     };
     cx.begin(clock, "prepare the destination");
     let post_copy = next == Next::FreezePostCopy;
-    cx.link.json(Kind::Prepare, &Prepare { memory: rounds.memory()?, post_copy })?;
+    cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
     let how = Worker { memory: MemoryMode::Parent, ..Worker::default() };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
@@ -175,20 +175,6 @@ impl Rounds<'_> {
             .filter(|s| s.bytes > 1 << 20)
             .fold((0, 0.0), |(b, t), s| (b + s.bytes, t + s.seconds));
         if seconds > 0.0 { Some(bytes as f64 / seconds) } else { self.copier.rate() }
-    }
-
-    /// About how much memory the tasks have.
-    fn memory(&self) -> Result<u64> {
-        let pids: Vec<i32> = self.prepared.freezer.pids()?.into_iter().collect();
-        let page = page_size() as u64;
-        // resident anonymous and shared pages: fields 2 and 3 of statm, in pages
-        let anonymous = |pid: &i32| {
-            let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-            let field =
-                |n: usize| text.split_whitespace().nth(n).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
-            field(1).saturating_sub(field(2)) * page
-        };
-        Ok(pids.iter().map(anonymous).sum())
     }
 }
 

@@ -96,14 +96,7 @@ pub struct Round {
 
 /// The source is about to freeze: the destination makes everything ready that it can.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Prepare {
-    /// Bytes of memory that the tasks have, about: whether it pays to restore lazily.
-    #[serde(default)]
-    pub memory: u64,
-    /// Pages may stay on the source at the commit.
-    #[serde(default)]
-    pub post_copy: bool,
-}
+pub struct Prepare {}
 
 /// The destination waits for the rest with everything else done.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

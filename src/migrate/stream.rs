@@ -197,6 +197,10 @@ impl Sink for Sender<'_> {
     }
 }
 
+/// What CRIU restores itself. Less than this is there sooner than the page daemon could serve it; of more, what was written
+/// last will be touched first.
+const EAGER: EagerPolicy = EagerPolicy { eager_max: 24 << 20, hot_max: 8 << 20 };
+
 /// Where memory goes.
 enum Memory {
     /// CRIU's own pages, in its own order, straight into images.
@@ -243,7 +247,7 @@ impl Receiver {
     pub(super) fn live(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
         let memory = LiveMemory {
             store: Store::new(memory_cap)?,
-            planner: Planner::new(images, EagerPolicy::default()),
+            planner: Planner::new(images, EAGER).cap(memory_cap),
             remote: BTreeMap::new(),
             hot: BTreeMap::new(),
             scratch: Vec::new(),
@@ -319,7 +323,7 @@ impl Receiver {
             Kind::Memory => {
                 let LiveMemory { store, scratch, .. } = self.live_memory()?;
                 let batch = batch::decode(payload, scratch)?;
-                let space = batch.space;
+                let space = batch.space();
                 for chunk in batch.chunks() {
                     match chunk {
                         Chunk::Data { vaddr, bytes } => store.put(space, vaddr, bytes)?,

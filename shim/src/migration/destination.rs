@@ -91,7 +91,7 @@ impl DestinationTask for Arriving {
         Ok(self.work())
     }
 
-    fn restore(&mut self, images: &Path, path_first: &Path, lazy: bool) -> Result<()> {
+    fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()> {
         let mut path = OsString::from(path_first);
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
@@ -99,7 +99,6 @@ impl DestinationTask for Arriving {
         let args = RestoreArgs {
             image_path: images.to_owned(),
             work_dir: self.work(),
-            lazy_pages: lazy,
             console_socket: opened.console.as_ref().map(|c| c.path().to_owned()),
             no_pivot: self.container.options.no_pivot_root,
             open_tcp: true,
