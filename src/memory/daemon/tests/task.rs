@@ -35,11 +35,18 @@ pub fn main_if_invoked(args: &[String]) -> Option<i32> {
         return None;
     }
     let pages: u64 = args[4].parse().unwrap();
+    if args[2] == "tree" {
+        tree(Path::new(&args[3]), pages);
+        return Some(0);
+    }
     register(Path::new(&args[3]), pages);
     match args[2].as_str() {
         "random" => random_reads(pages, 4),
         "fork" => forks(pages),
-        "churn" => churn(pages, args[5].parse().unwrap()),
+        "churn" => {
+            let until = Instant::now() + Duration::from_millis(700);
+            churn(pages, args[5].parse().unwrap(), &|| Instant::now() > until);
+        }
         "exec" => exec(pages),
         "latency" => latency(pages),
         "one" => one(args[5].parse().unwrap()),
@@ -211,14 +218,17 @@ fn pages_of(at: u64, len: u64) -> impl Iterator<Item = u64> {
     (at..at + len).step_by(P as usize)
 }
 
+fn is_mapped(at: u64) -> bool {
+    unsafe { libc::msync(at as *mut _, P as usize, libc::MS_ASYNC) == 0 }
+}
+
 /// Changes its mappings in every way that the daemon hears of, and knows at all times what has to be where.
-fn churn(pages: u64, seed: u64) {
+fn churn(pages: u64, seed: u64, stop: &dyn Fn() -> bool) {
     let mut random = Random(seed);
     let mut want: BTreeMap<u64, Option<u64>> = (0..pages).map(|n| (BASE + n * P, content(n))).collect();
     let mut elsewhere = ELSEWHERE;
-    let until = Instant::now() + Duration::from_millis(700);
     let mut done = [0u32; 7];
-    while Instant::now() < until {
+    while !stop() {
         let from = BASE + random.below(pages) * P;
         let Some((&at, _)) = want.range(from..).next().or_else(|| want.range(ELSEWHERE..).next()) else {
             break;
@@ -251,13 +261,12 @@ fn churn(pages: u64, seed: u64) {
             3..=5 => {
                 let to = elsewhere;
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-                // Fails when the range is of several mappings; then nothing has happened.
-                if unsafe { libc::mremap(p, bytes, bytes, flags, to as *mut libc::c_void) } as u64 == to {
-                    elsewhere += len + P;
-                    for a in pages_of(at, len) {
-                        let content = want.remove(&a).unwrap();
-                        want.insert(a - at + to, content);
-                    }
+                unsafe { libc::mremap(p, bytes, bytes, flags, to as *mut libc::c_void) };
+                elsewhere += len + P;
+                // When the range is of several mappings, some of them may have moved before it failed (Linux 6.17).
+                for a in pages_of(at, len).filter(|a| is_mapped(a - at + to)) {
+                    let content = want.remove(&a).unwrap();
+                    want.insert(a - at + to, content);
                     done[3] += 1;
                 }
             }
@@ -323,4 +332,47 @@ fn latency(pages: u64) {
     std::thread::sleep(Duration::from_millis(300));
     measure("during the fill", 4000);
     (0..pages).for_each(|n| check(BASE + n * P, content(n)));
+}
+
+/// A tree of processes that CRIU dumps at any moment: all of them change their mappings all the time and check what they read, one with a
+/// second thread. `dir/stop` ends it; `dir/result` then has one line for each process that found no wrong byte.
+fn tree(dir: &Path, pages: u64) {
+    map(BASE, pages);
+    let fill = |base: u64| {
+        for (n, word) in (0..pages).filter_map(|n| content(n).map(|w| (n, w))) {
+            (0..P / 8).for_each(|i| unsafe { ((base + n * P) as *mut u64).add(i as usize).write(word) });
+        }
+    };
+    fill(BASE);
+    let stopped = || dir.join("stop").exists();
+    let result = |line: &str| {
+        use std::io::Write;
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(dir.join("result"));
+        file.unwrap().write_all(line.as_bytes()).unwrap();
+    };
+    let children: Vec<i32> = (1..=2)
+        .map(|seed| {
+            fork(|| {
+                churn(pages, seed, &stopped);
+                result("child\n");
+            })
+        })
+        .collect();
+    let quiet = ELSEWHERE * 2;
+    map(quiet, pages);
+    fill(quiet);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut random = Random(9);
+            while !stopped() {
+                let n = random.below(pages);
+                check(quiet + n * P, content(n));
+            }
+            (0..pages).for_each(|n| check(quiet + n * P, content(n)));
+        });
+        result("ready\n");
+        churn(pages, 3, &stopped);
+    });
+    children.into_iter().for_each(wait);
+    result("parent\n");
 }
