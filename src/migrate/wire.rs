@@ -431,7 +431,15 @@ mod tests {
     #[test]
     fn two_sides_that_both_send_do_not_wait_for_each_other() {
         let send = |mut wire: Wire| {
-            // more than the socket holds, less than we hold of what the peer sends meanwhile
+            // so that the sockets hold far less than what is sent
+            for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+                let small: libc::c_int = 16 << 10;
+                let (value, len) = ((&raw const small).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+                // SAFETY: an open socket and an int that lives through the call.
+                let rc = unsafe { libc::setsockopt(wire.fd(), libc::SOL_SOCKET, option, value, len) };
+                assert_eq!(rc, 0);
+            }
+            // and that is less than we hold of what the peer sends meanwhile
             let piece = vec![7; 64 << 10];
             for _ in 0..48 {
                 wire.frame(Kind::Memory, &[&piece]).unwrap();
@@ -442,12 +450,6 @@ mod tests {
             wire
         };
         let (near, far) = loopback(send);
-        for s in [near.fd()] {
-            let small: libc::c_int = 16 << 10;
-            let (value, len) = ((&raw const small).cast(), size_of::<libc::c_int>() as libc::socklen_t);
-            // SAFETY: an open socket and an int that lives through the call.
-            assert_eq!(unsafe { libc::setsockopt(s, libc::SOL_SOCKET, libc::SO_SNDBUF, value, len) }, 0);
-        }
         let _near = send(near);
         far.join().unwrap();
     }
