@@ -11,7 +11,7 @@ use crate::migrate::report::{PostCopy, Report};
 /// Height of the curves.
 const HIGH: f64 = 120.0;
 /// Above them.
-const GAP: f64 = 18.0;
+const GAP: f64 = 30.0;
 /// More rounds than this are drawn without a dot each.
 const DOTS: usize = 40;
 
@@ -45,19 +45,20 @@ pub fn draw(xml: &mut Xml, report: &Report, time: &Time, top: f64) {
     }
 }
 
+/// What is what, in one line above.
 fn key(xml: &mut Xml, report: &Report, top: f64) {
-    let mut y = top + 12.0;
-    let mut entry = |xml: &mut Xml, class: &str, what: &str| {
-        label(xml, class, 20.0, y, "start", what);
-        y += 15.0;
-    };
+    let mut entries = Vec::new();
     if !report.rounds.is_empty() {
-        entry(xml, "sourcetext", "▮ copied");
-        entry(xml, "dirtytext", "● written again");
+        entries.extend([("sourcetext", "▮ copied in a round"), ("dirtytext", "● written again meanwhile")]);
     }
     if samples(report).is_some() {
-        entry(xml, "sourcetext", "╌ still there");
-        entry(xml, "faultstext", "— faults");
+        entries
+            .extend([("sourcetext", "╌ still on the source"), ("faultstext", "— faults that waited for it")]);
+    }
+    let mut x = LEFT + 4.0;
+    for (class, what) in entries {
+        label(xml, class, x, top - 8.0, "start", what);
+        x += width(what) + 22.0;
     }
 }
 
@@ -89,9 +90,10 @@ fn rounds(xml: &mut Xml, report: &Report, time: &Time, scale: &Bytes) {
     xml.newline();
     if let Some(last) = report.rounds.last() {
         let text = units::bytes(last.dirty_after_bytes);
-        let x = time.x(last.start_ms + last.ms);
-        let (x, anchor) = if x + width(&text) + 8.0 < RIGHT { (x + 7.0, "start") } else { (x - 7.0, "end") };
-        let y = (scale.y(last.dirty_after_bytes) - 7.0).max(scale.top + 10.0);
+        let (x, y) = (time.x(last.start_ms + last.ms), scale.y(last.dirty_after_bytes));
+        // the line comes from above, as a rule
+        let y = if y + 18.0 < scale.bottom { y + 15.0 } else { y - 8.0 };
+        let (x, anchor) = if x - width(&text) > LEFT + 8.0 { (x - 7.0, "end") } else { (x + 7.0, "start") };
         label(xml, "dirtytext", x, y, anchor, &text);
     }
 }

@@ -46,7 +46,7 @@ pub fn band(xml: &mut Xml, report: &Report, x: f64, wide: f64, top: f64, bottom:
     line(xml, "edge", x, top - 4.0, x, bottom);
     line(xml, "edge", x + wide, top - 4.0, x + wide, bottom);
     let text = format!("frozen {}", units::ms(report.freeze_ms));
-    let half = width(&text) / 2.0;
+    let half = width(&text) * 0.58; // it is bold
     let middle = (x + wide / 2.0).clamp(LEFT + half, RIGHT - half);
     label(xml, "stilltext", middle, top - 8.0, "middle", &text);
 }

@@ -178,7 +178,7 @@ fn grid(xml: &mut Xml, time: &Time, top: f64, bottom: f64) {
     for tick in time.ticks(9) {
         let x = time.x(tick);
         line(xml, "grid", x, top, x, bottom);
-        label(xml, "dim", x, bottom + 15.0, "middle", &tick_text(tick, time.span));
+        label(xml, "dim", x, bottom + 17.0, "middle", &tick_text(tick, time.span));
     }
 }
 

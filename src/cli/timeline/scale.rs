@@ -63,9 +63,9 @@ impl Bytes {
     pub fn new(top: f64, bottom: f64, values: impl Iterator<Item = u64> + Clone) -> Bytes {
         let most = values.clone().max().unwrap_or(0).max(10) as f64;
         let least = values.filter(|v| *v > 0).min().unwrap_or(1) as f64;
-        // never more than six powers: a few bytes at the end would push everything else together
+        // never more than about six powers: a few bytes at the end would push everything else together
         let low = least.log10().floor().max(most.log10().ceil() - 6.0);
-        Bytes { top, bottom, low, high: most.log10().ceil().max(low + 1.0) }
+        Bytes { top, bottom, low, high: most.log10().max(low + 1.0) }
     }
 
     /// Where a number is.

@@ -23,8 +23,8 @@ pub const CSS: &str = "
 text{font-family:system-ui,'Segoe UI',Helvetica,Arial,sans-serif;font-size:11px;fill:#1c2330}
 .paper{fill:#ffffff}.title{font-size:19px;font-weight:600}.head{font-size:13px;font-weight:600}
 .dim{fill:#5d6778}.in{fill:#ffffff}.grid{stroke:#d8dde6;stroke-width:1}.lane{fill:#f3f5f9}
-.source{fill:#2f6fd0}.source.odd{fill:#5a90e0}.destination{fill:#b8620c}.destination.odd{fill:#d08236}
-.copy{fill:#7d8ba3}.copy.odd{fill:#9aa6ba}.still{fill:#d0312d;fill-opacity:.16}.edge{stroke:#d0312d;stroke-width:1}
+.source{fill:#2f6fd0}.source.odd{fill:#4a82d8}.destination{fill:#a95808}.destination.odd{fill:#c27020}
+.copy{fill:#66738c}.copy.odd{fill:#7f8ca4}.still{fill:#d0312d;fill-opacity:.16}.edge{stroke:#d0312d;stroke-width:1}
 .zoom{fill:#d0312d;fill-opacity:.06}.stilltext{fill:#b3211d;font-weight:600}
 .sent{fill:#2f6fd0;fill-opacity:.22}.dirty{fill:none;stroke:#7b3fc4;stroke-width:2}.dot{fill:#7b3fc4}.dirtytext{fill:#7b3fc4}
 .sourcetext{fill:#2f6fd0}
