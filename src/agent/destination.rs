@@ -101,14 +101,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     match taken {
         Ok(mut started) => {
             log::info!("{namespace}/{id} of {peer} is here now (migration {})", placement.migration);
-            started.left = filling::left(&namespace, &id, &placement.migration).await;
-            if started.left == 0 {
-                outcome::keep(&placement.migration, peer, Fate::Runs);
-            } else {
-                let migration = placement.migration.clone();
-                let following = filling::follow(namespace.clone(), id.clone(), migration, peer.to_string());
-                tokio::spawn(following);
-            }
+            started.left = filling::begun(&namespace, &id, &placement.migration, peer).await;
             match placement.keep().await {
                 Ok(warnings) => started.warnings.extend(warnings),
                 Err(error) => started.warnings.push(format!("{error:#}")),

@@ -169,7 +169,10 @@ async fn inspect(
         )
         .advice("find out whether it runs there, then `transship resolve`"));
     }
-    if let control::MigrationState::Filling { peer, left, .. } = &inspected.migration {
+    // what is on this node already and only not in its place yet, the shim waits for
+    if let control::MigrationState::Filling { peer, left, .. } = &inspected.migration
+        && *left > 0
+    {
         return Err(ErrorReport::new(
             ExitCode::Busy,
             format!("{} of {id}'s memory are still on {peer}", megabytes(*left)),

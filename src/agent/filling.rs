@@ -46,12 +46,20 @@ async fn look(namespace: &str, id: &str, migration: &str) -> Option<Standing> {
     Some(standing(&inspected.migration, migration))
 }
 
-/// Bytes of it that are still on the source, just after it ran here; 0 when all are here.
-pub async fn left(namespace: &str, id: &str, migration: &str) -> u64 {
+/// It runs here since just now: keeps that if all of its memory is here, else follows it in the background. Returns how many
+/// bytes are still on the source.
+pub async fn begun(namespace: &str, id: &str, migration: &str, source: &str) -> u64 {
     match look(namespace, id, migration).await {
-        Some(Standing::Left(left)) => left,
-        _ => 0,
+        Some(Standing::Left(left)) if left > 0 => {
+            let following = follow(namespace.into(), id.into(), migration.into(), source.into());
+            tokio::spawn(following);
+            return left;
+        }
+        Some(Standing::Known(fate)) => outcome::keep(migration, source, fate),
+        // what is not in its place yet is on this node: the source is not needed any more
+        _ => outcome::keep(migration, source, Fate::Runs),
     }
+    0
 }
 
 /// Follows the container until all of its memory is here or lost, and keeps which of the two.

@@ -76,7 +76,7 @@ fn entry(
         (Some(MigrationState::Feeding { peer, left, .. }), _) => {
             ("post-copy".into(), format!("runs on {peer}; {} of its memory are still here", megabytes(*left)))
         }
-        (Some(MigrationState::Filling { peer, left, .. }), Some(_)) => (
+        (Some(MigrationState::Filling { peer, left, .. }), Some(_)) if *left > 0 => (
             // it runs here, whatever is missing of it
             shim.map_or("running", |s| s.status.as_str()).to_string(),
             format!("{} of its memory are still on {peer}", megabytes(*left)),

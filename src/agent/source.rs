@@ -344,8 +344,10 @@ async fn send(
                 report.shim = serde_json::to_value(&measured).ok();
                 return Ok(early);
             }
-            Some(control::Event::Failed { failure, state }) if failure.phase == loss::PHASE => {
-                return Err(lost_after(failure, &state, agent, &peer, &subject.record.id));
+            // a shim that is to thaw says that it is undecided: the copy there must be dead first
+            Some(control::Event::Failed { failure, .. }) if failure.phase == loss::PHASE => {
+                let id = &subject.record.id;
+                return Err(lost_after(failure, OnPostCopyFailure::Kill, agent, &peer, id));
             }
             Some(control::Event::Failed { failure, state }) => {
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
@@ -408,11 +410,10 @@ async fn follow_undecided(
         Fate::Lost | Fate::GivenBack => {
             let message =
                 format!("memory of {id} that had not reached {peer} was lost after the commit: {why}");
-            let here = if fate == Fate::Lost { "stopped" } else { "running" };
             let choice = if fate == Fate::Lost { OnPostCopyFailure::Kill } else { OnPostCopyFailure::Thaw };
             let advice = Loss { choice, ..Loss::default() }.advice().into();
-            let failure = Failure { phase: loss::PHASE.into(), message, advice, ..Failure::default() };
-            Err(lost_after(failure, here, agent, peer, id))
+            let failure = Failure { message, advice, ..Failure::default() };
+            Err(lost_after(failure, choice, agent, peer, id))
         }
         Fate::Unknown => {
             Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
@@ -421,17 +422,24 @@ async fn follow_undecided(
     }
 }
 
-/// Memory was lost after the container ran on the destination. `state`: what it is here now.
-fn lost_after(failure: Failure, state: &str, agent: &Agent, peer: &str, id: &str) -> ErrorReport {
+/// Memory was lost after the container ran on the destination, and what was chosen for that was done.
+fn lost_after(
+    failure: Failure,
+    choice: OnPostCopyFailure,
+    agent: &Agent,
+    peer: &str,
+    id: &str,
+) -> ErrorReport {
     let mut error = ErrorReport::new(ExitCode::Lost, failure.message).advice(failure.advice);
     error.node = if failure.node.is_empty() { agent.node.clone() } else { failure.node };
-    error.phase = failure.phase;
-    error.state = match state {
-        "running" => format!("{id} runs on {} from the moment of its freeze; killed on {peer}", agent.node),
-        "frozen" => {
-            format!("{id} is frozen on {} until it is certain that {peer} has killed it there", agent.node)
+    error.phase = loss::PHASE.into();
+    error.state = match choice {
+        OnPostCopyFailure::Kill => {
+            format!("{id} is lost: its copy on {} was killed, and {peer} cannot go on without it", agent.node)
         }
-        _ => format!("{id} is lost: killed on {} and on {peer}", agent.node),
+        OnPostCopyFailure::Thaw => {
+            format!("{id} runs on {} from the moment of its freeze; it was killed on {peer}", agent.node)
+        }
     };
     error
 }

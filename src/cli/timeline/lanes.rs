@@ -31,8 +31,8 @@ pub fn still(report: &Report, time: &Time) -> Option<(f64, f64)> {
     (report.freeze_ms > 0.0).then(|| time.bar(from, report.freeze_ms))
 }
 
-/// The freeze over everything else.
-pub fn band(xml: &mut Xml, report: &Report, x: f64, wide: f64, top: f64, bottom: f64) {
+/// The freeze, behind what was done in it.
+pub fn band(xml: &mut Xml, x: f64, wide: f64, top: f64, bottom: f64) {
     xml.empty(
         "rect",
         &[
@@ -43,6 +43,10 @@ pub fn band(xml: &mut Xml, report: &Report, x: f64, wide: f64, top: f64, bottom:
             ("height", (bottom - top).into()),
         ],
     );
+}
+
+/// Where the freeze begins and ends, and how long it is; over everything else.
+pub fn edges(xml: &mut Xml, report: &Report, x: f64, wide: f64, top: f64, bottom: f64) {
     line(xml, "edge", x, top - 4.0, x, bottom);
     line(xml, "edge", x + wide, top - 4.0, x + wide, bottom);
     let text = format!("frozen {}", units::ms(report.freeze_ms));
@@ -51,48 +55,53 @@ pub fn band(xml: &mut Xml, report: &Report, x: f64, wide: f64, top: f64, bottom:
     label(xml, "stilltext", middle, top - 8.0, "middle", &text);
 }
 
-/// Draws both lanes.
-pub fn draw(xml: &mut Xml, report: &Report, time: &Time, top: f64) {
-    let (source, destination) = rows(report);
-    let mut y = lane(xml, "source", top, source);
-    phases(xml, "source", &report.phases, 0.0, time, y);
-    y += STEP;
-    if source > 1.0 {
-        for round in &report.rounds {
-            round_bar(xml, round, time, y);
-        }
-        after(xml, report, time, y);
-        y += STEP;
+/// Where the rows of the two lanes begin.
+fn starts(report: &Report, top: f64) -> (f64, f64) {
+    (top + PAD, top + rows(report).0 * STEP + 3.0 * PAD + GAP - 4.0)
+}
+
+/// The lanes' grounds and names.
+pub fn grounds(xml: &mut Xml, report: &Report, top: f64) {
+    let (source, destination) = starts(report, top);
+    let count = rows(report);
+    for (name, y, rows) in [("source", source, count.0), ("destination", destination, count.1)] {
+        xml.empty(
+            "rect",
+            &[
+                ("class", "lane".into()),
+                ("x", LEFT.into()),
+                ("y", (y - PAD).into()),
+                ("width", (RIGHT - LEFT).into()),
+                ("height", (rows * STEP - 4.0 + 2.0 * PAD).into()),
+                ("fill-opacity", 0.6.into()),
+            ],
+        );
+        label(xml, "head", 20.0, y + 16.0, "start", name);
     }
-    let mut y = lane(xml, "destination", y + PAD + GAP, destination);
-    phases(xml, "destination", &report.destination_phases, report.destination_offset_ms, time, y);
-    if destination > 1.0 {
-        y += STEP;
+}
+
+/// Draws both lanes' bars.
+pub fn draw(xml: &mut Xml, report: &Report, time: &Time, top: f64) {
+    let (source, destination) = starts(report, top);
+    let count = rows(report);
+    phases(xml, "source", &report.phases, 0.0, time, source);
+    if count.0 > 1.0 {
+        for round in &report.rounds {
+            round_bar(xml, round, time, source + STEP);
+        }
+        after(xml, report, time, source + STEP);
+    }
+    phases(xml, "destination", &report.destination_phases, report.destination_offset_ms, time, destination);
+    if count.1 > 1.0 {
         let (x, width) = time.bar(report.frozen_at().unwrap_or(0.0) + report.freeze_ms, report.fill_ms);
         let more = format!(
             "fill in the background: {} in {}",
             units::bytes(report.fill_bytes),
             units::ms(report.fill_ms)
         );
+        let y = destination + STEP;
         Bar { class: "destination odd", x, y, width, name: "fill", more: &more }.draw(xml);
     }
-}
-
-/// A lane's ground and name; returns where its first row is.
-fn lane(xml: &mut Xml, name: &str, top: f64, rows: f64) -> f64 {
-    xml.empty(
-        "rect",
-        &[
-            ("class", "lane".into()),
-            ("x", LEFT.into()),
-            ("y", top.into()),
-            ("width", (RIGHT - LEFT).into()),
-            ("height", (rows * STEP - 4.0 + 2.0 * PAD).into()),
-            ("fill-opacity", 0.6.into()),
-        ],
-    );
-    label(xml, "head", 20.0, top + PAD + 16.0, "start", name);
-    top + PAD
 }
 
 fn phases(xml: &mut Xml, class: &str, phases: &[Phase], offset: f64, time: &Time, y: f64) {

@@ -96,10 +96,14 @@ fn draw(xml: &mut Xml, subject: &Subject<'_>) -> f64 {
         freeze::funnel(xml, x, width, curve_end, curve_end + AXIS + freeze::GAP);
     }
     grid(xml, &time, top, curve_end);
+    lanes::grounds(xml, report, top);
+    if let Some((x, width)) = still {
+        lanes::band(xml, x, width, top, curve_end);
+    }
     lanes::draw(xml, report, &time, top);
     curve::draw(xml, report, &time, lanes_end);
     if let Some((x, width)) = still {
-        lanes::band(xml, report, x, width, top, curve_end);
+        lanes::edges(xml, report, x, width, top, curve_end);
     }
     let mut bottom = curve_end + AXIS;
     if still.is_some() {
