@@ -125,7 +125,12 @@ impl System for Runc {
         if workload.redis_mb > 0 {
             write(&mut bed.a, &format!("{DIR}/criu.conf"), "tcp-established\n")?;
         }
-        bed.a.run(&["runc", "run", "-d", "--bundle", DIR, ID], 30).map(drop)
+        // the container's output must be /dev/null, not a file of ours, which the destination does not have
+        bed.a
+            .sh(&format!(
+                "runc --log {DIR}/run.log run -d --bundle {DIR} {ID} > /dev/null 2>&1 || {{ cat {DIR}/run.log; exit 1; }}"
+            ))
+            .map(drop)
     }
 
     fn prepare(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String> {
