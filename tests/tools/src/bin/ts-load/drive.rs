@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use transship_testtools::signals;
 
 use crate::control::Control;
-use crate::meter::{Meter, boottime};
+use crate::meter::{Meter, clock};
 use crate::pages::Verdict;
 
 /// Something that works in steps and can be checked.
@@ -51,7 +51,7 @@ fn verdict(result: Result<Verdict, String>) -> Value {
 /// Works until TERM, `stop`, or for `seconds`; then checks once more and says the result on stdout.
 pub fn run(mut work: impl Work, rate: Option<f64>, port: u16, seconds: Option<f64>) -> Result<(), String> {
     let control = Control::open(port)?;
-    let begin = boottime();
+    let begin = clock();
     let mut meter = Meter::new(begin);
     let mut pace = Pace { rate, begin, done: 0.0 };
     let (mut stop, mut now) = (false, begin);
@@ -61,7 +61,7 @@ pub fn run(mut work: impl Work, rate: Option<f64>, port: u16, seconds: Option<f6
         let mut n = 0;
         while n < due && now < tick_end {
             work.step()?;
-            let end = boottime();
+            let end = clock();
             meter.step(now, end);
             now = end;
             n += 1;
@@ -69,18 +69,18 @@ pub fn run(mut work: impl Work, rate: Option<f64>, port: u16, seconds: Option<f6
         pace.done += n as f64;
         if rate.is_some() {
             // short of the tick's end there is nothing to do
-            if let Some(rest) = tick_end.checked_sub(boottime()) {
+            if let Some(rest) = tick_end.checked_sub(clock()) {
                 let wait = libc::timespec { tv_sec: 0, tv_nsec: rest.as_nanos() as libc::c_long };
                 // SAFETY: `wait` is a valid timespec; the rest of a sleep cut short is not asked for.
                 unsafe { libc::nanosleep(&wait, std::ptr::null_mut()) };
             }
-            now = boottime();
+            now = clock();
             meter.look(now);
         }
         let asked = control.poll(|command| match command {
             "status" => meter.json(),
             "reset" => {
-                meter.reset(boottime());
+                meter.reset(clock());
                 json!({"ok": true})
             }
             "verify" => verdict(work.verify()),
@@ -91,7 +91,7 @@ pub fn run(mut work: impl Work, rate: Option<f64>, port: u16, seconds: Option<f6
             other => json!({"error": format!("no command {other:?}")}),
         });
         if asked {
-            now = boottime();
+            now = clock();
             meter.skip(now);
         }
     }
