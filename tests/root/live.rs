@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::bed::{Bed, Node, wait_for};
 use crate::container;
-use crate::moves::{self, Outcome};
+use crate::moves;
 use crate::traffic;
 use crate::trouble;
 
@@ -123,12 +123,6 @@ impl<'a> Mutants<'a> {
         (0..moves).try_for_each(|n| self.go(MODES[(first_mode + n) % MODES.len()]).map(drop))
     }
 
-    /// An attempt that may come to anything; it is still where it was.
-    pub fn attempt(&self, options: &[&str]) -> Result<Outcome> {
-        let options = known(self.bed, options)?;
-        moves::attempt(self.bed, &self.id, self.at, self.at.other().address(), &options)
-    }
-
     /// It runs on node a as before, nothing of a migration is in it or on either node.
     pub fn untouched(&mut self) -> Result<()> {
         let status = container::status(self.bed, Node::A, &self.id)?;
@@ -149,19 +143,24 @@ impl<'a> Mutants<'a> {
     }
 }
 
-/// No process on the node has memory that a userfaultfd is registered for, holds such a descriptor or is being traced; soon, because
-/// a page daemon may still be at work.
-pub fn no_traces(bed: &Bed, node: Node) -> Result<()> {
+/// Processes on the node whose memory a userfaultfd is registered for, that hold such a descriptor, or that are being traced; one a
+/// line.
+pub fn traces(bed: &Bed, node: Node) -> Result<String> {
     // uw: write-protected by a userfaultfd, um: its missing pages are
     let script = r#"for p in /proc/[0-9]*; do
-        c=$(tr '\0' ' ' < $p/cmdline 2> /dev/null | cut -c1-60) || continue
+        c=$(tr '\0' ' ' 2> /dev/null < $p/cmdline | cut -c1-60) || continue
         if grep -qsE '^VmFlags:.* (uw|um)( |$)' $p/smaps; then echo "registered: ${p#/proc/} $c"; fi
         if ls -l $p/fd 2> /dev/null | grep -q userfaultfd; then echo "descriptor: ${p#/proc/} $c"; fi
         if grep -qsE '^TracerPid:\s+[1-9]' $p/status; then echo "traced: ${p#/proc/} $c"; fi
     done"#;
+    bed.sh(node, script)
+}
+
+/// There are none (see [`traces`]), or soon none: a page daemon may still be at work.
+pub fn no_traces(bed: &Bed, node: Node) -> Result<()> {
     let mut found = String::new();
     let clean = wait_for(Duration::from_secs(20), "no traces", || {
-        found = bed.sh(node, script)?;
+        found = traces(bed, node)?;
         Ok(found.trim().is_empty())
     });
     clean.map_err(|_| anyhow::anyhow!("left on node {}:\n{found}", node.name()))
