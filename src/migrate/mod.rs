@@ -21,6 +21,7 @@
 //! | [`codec`] | bytes <-> frames: header, caps, checksums |
 //! | [`protocol`] | the messages and the choice of a version (pure) |
 //! | [`wire`] | a blocking connection that sends and receives frames, with a deadline by silence |
+//! | `tls_io` | TLS under it, made for bulk data |
 //! | [`source`] | freeze, dump, stream, commit, or roll back |
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
 //! | [`destination`] | receive, restore behind the gates, run, or undo |
@@ -36,14 +37,26 @@
 
 pub mod abort;
 pub mod archive;
+mod arrival;
+mod capture;
 pub mod codec;
+mod copier;
 pub mod destination;
 pub mod fault;
+pub mod filling;
+mod layers;
+mod link;
+mod live;
 pub mod loss;
+mod postcopy;
+mod precopy;
+mod prepared;
 pub mod protocol;
 pub mod quantity;
 pub mod report;
 pub mod source;
+mod still;
 pub mod stream;
+mod tls_io;
 pub mod tuning;
 pub mod wire;

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
+mod memory;
+
 use super::gate_server::{self, CRIU_CONF_ANNOTATION, GateServer, Wait};
 use super::options::{Facts, Limits, dump_options};
 use super::{Criu, DumpRequest, PageStore, images, stdio};
@@ -329,8 +331,6 @@ impl Bed {
                     post_dump = true;
                     Ok(())
                 }),
-                netns: None,
-                path_first: None,
             },
             &mut |event| store.lock().expect("one thread").event(event),
         )?;
@@ -403,8 +403,6 @@ impl Bed {
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
-                netns: None,
-                path_first: None,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {
