@@ -23,7 +23,7 @@ use crate::criu::gate::At;
 use crate::criu::gate_server::Opening;
 use crate::criu::{Criu, GateServer};
 use crate::net;
-use crate::rootfs::KeptTimes;
+use crate::rootfs::{KeptTimes, NeedsUnmount};
 
 /// The container on its way in.
 pub(super) struct Arrival<'a> {
@@ -65,7 +65,10 @@ impl Arrival<'_> {
         self.phase(clock, "plan");
         let stored = receiver.stored();
         let whole = receiver.finish_live(&totals)?;
-        let AtGate { mut gate, daemon } = at.context("the source never said that it would freeze")?;
+        let AtGate { mut gate, daemon } = match at {
+            Some(at) => at,
+            None => self.prepare(&images.0, manifest, clock)?,
+        };
         let now = item("plan", 0.0);
         let serving = match whole.plan.is_eager() {
             true => None,
@@ -158,15 +161,23 @@ impl Arrival<'_> {
                 Kind::Prepare => {
                     drop(wire);
                     ensure!(at.is_none(), "the source prepares twice");
-                    receiver.layer_before_mount()?;
                     at = Some(self.prepare(images, manifest, clock)?);
-                    receiver.layer_mounted(&self.task.bundle().join("rootfs"))?;
+                    match receiver.layer_mounted(&self.task.bundle().join("rootfs")) {
+                        Err(e) if e.is::<NeedsUnmount>() => self.step_back(&mut at, &mut receiver, &e)?,
+                        other => other?,
+                    }
                     self.link.json(Kind::Ready, &Ready {})?;
                     self.link.flush()?;
                     self.phase(clock, "receive the rest");
                     continue;
                 }
-                kind => receiver.take(kind, wire.payload())?,
+                kind => match receiver.take(kind, wire.payload()) {
+                    Err(e) if e.is::<NeedsUnmount>() => {
+                        self.step_back(&mut at, &mut receiver, &e)?;
+                        receiver.take_again(kind, wire.payload())?;
+                    }
+                    other => other?,
+                },
             }
             if wire.bytes().1 - shown > 8 << 20 {
                 shown = wire.bytes().1;
@@ -174,6 +185,20 @@ impl Arrival<'_> {
                 ensure!(!self.abort.asked(), "the migration was given up by request");
             }
         }
+    }
+
+    /// What changed last in the writable layer cannot be said through its mount: the restore that waits is ended, the mount goes,
+    /// and both are made again when everything has come. That costs their time in the freeze.
+    fn step_back(
+        &mut self,
+        at: &mut Option<AtGate>,
+        receiver: &mut Receiver,
+        why: &anyhow::Error,
+    ) -> Result<()> {
+        log::warn!("{why:#}; runc's restore starts anew in the freeze");
+        drop(at.take());
+        self.task.undo();
+        receiver.layer_unmounted()
     }
 
     /// Everything that does not need the last delta.

@@ -70,6 +70,11 @@ pub(super) fn run(
         Decision::FreezePostCopy => Next::FreezePostCopy,
         _ => Next::Freeze,
     };
+    if !rounds.layers.begun() {
+        // the destination mounts it now
+        let pids = rounds.pids()?;
+        rounds.layers.round(&pids, cx.link)?;
+    }
     cx.begin(clock, "prepare the destination");
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
@@ -112,9 +117,12 @@ struct Rounds<'a> {
 }
 
 impl Rounds<'_> {
+    fn pids(&self) -> Result<Vec<i32>> {
+        Ok(self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect())
+    }
+
     fn look(&mut self) -> Result<Vec<Found>> {
-        let pids: Vec<i32> = self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect();
-        self.copier.look(&tracker::tasks(&pids), false)
+        self.copier.look(&tracker::tasks(&self.pids()?), false)
     }
 
     /// Sends what was found, and looks what was written meanwhile.
@@ -136,7 +144,7 @@ impl Rounds<'_> {
             }
             cx.go_on()
         })?;
-        let layer = self.layers.round(cx.link)?;
+        let layer = self.layers.round(&self.pids()?, cx.link)?;
         cx.link.flush()?;
         let next = self.look()?;
         let took = begun.elapsed();

@@ -158,6 +158,11 @@ impl<'a> Sender<'a> {
     pub fn layer(&mut self, layer: &WritableLayer) -> Result<()> {
         rootfs::capture(&layer.dir, &CaptureOptions::for_layer(layer), self)
             .context("reading the writable layer")?;
+        self.layer_end()
+    }
+
+    /// A round of the writable layer is complete.
+    pub(super) fn layer_end(&mut self) -> Result<()> {
         self.frame(Kind::LayerEnd, &[b"{}"])
     }
 
@@ -233,6 +238,9 @@ pub struct Receiver {
     pages: Memory,
     file: Option<File>,
     layer: Option<Apply>,
+    layer_rounds: u32,
+    /// Further rounds of the layer follow the one that comes.
+    open_ended: bool,
     carry: Value,
     counter: Counter,
 }
@@ -258,9 +266,11 @@ impl Receiver {
     fn with(images: &Path, layer: &WritableLayer, pages: Memory) -> Result<Receiver> {
         Ok(Receiver {
             images: images.to_owned(),
-            pages,
             file: None,
             layer: Some(Apply::for_layer(layer)?),
+            layer_rounds: 0,
+            open_ended: matches!(pages, Memory::Live(_)),
+            pages,
             carry: Value::Null,
             counter: Counter::default(),
         })
@@ -274,14 +284,18 @@ impl Receiver {
         }
     }
 
-    /// The rounds before the mount are over.
-    pub(super) fn layer_before_mount(&mut self) -> Result<()> {
-        Ok(())
+    /// The root file system is mounted there: what comes now changes a mounted layer.
+    ///
+    /// # Errors
+    /// [`NeedsUnmount`](crate::rootfs::NeedsUnmount) if it cannot; it can without the mount.
+    pub(super) fn layer_mounted(&mut self, merged: &Path) -> Result<()> {
+        ensure!(self.layer_rounds > 0, "the source prepares before it has sent any of the writable layer");
+        self.layer.as_mut().context("the writable layer was complete already")?.through(merged, None)
     }
 
-    /// The root file system is mounted there: what comes now changes a mounted layer.
-    pub(super) fn layer_mounted(&mut self, _merged: &Path) -> Result<()> {
-        Ok(())
+    /// The root file system is not mounted any more.
+    pub(super) fn layer_unmounted(&mut self) -> Result<()> {
+        self.layer.as_mut().context("the writable layer was complete already")?.unmounted()
     }
 
     fn page_event(&mut self, event: PageEvent<'_>) -> Result<()> {
@@ -296,6 +310,14 @@ impl Receiver {
             Memory::Live(memory) => Ok(memory),
             Memory::Whole(_) => bail!("memory of a live migration in one that is not live"),
         }
+    }
+
+    /// Takes a frame once more that [`Receiver::take`] has refused without having done anything but count it.
+    pub(super) fn take_again(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
+        let counted = self.counter.totals();
+        self.take(kind, payload)?;
+        self.counter.totals = counted;
+        Ok(())
     }
 
     /// Takes one frame of the state.
@@ -344,6 +366,7 @@ impl Receiver {
             Kind::Frozen => {
                 // what came before was brought up to date again and again; from here on everything is counted
                 self.counter = Counter::default();
+                self.open_ended = false;
                 Ok(())
             }
             Kind::File => {
@@ -369,8 +392,13 @@ impl Receiver {
                 layer.data(u64_at(payload, 0), &payload[8..])
             }
             Kind::LayerEnd => {
-                let layer = self.layer.take().context("the layer ends twice")?;
-                layer.finish().context("finishing the writable layer")?;
+                let layer = self.layer.as_mut().context("the layer ends twice")?;
+                layer.round().context("finishing a round of the writable layer")?;
+                self.layer_rounds += 1;
+                if !self.open_ended {
+                    let layer = self.layer.take().context("the layer ends twice")?;
+                    layer.finish_rounds().context("finishing the writable layer")?;
+                }
                 Ok(())
             }
             Kind::Stdio => {
