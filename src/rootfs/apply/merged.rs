@@ -10,7 +10,7 @@ use crate::rootfs::entry::{Kind, Meta, Xattr};
 use crate::rootfs::xattr::{self, OverlayXattrs};
 
 /// Attributes as they are set through the mount: without overlayfs' marks, those of a nested overlayfs under their own
-/// names, the flags that overlayfs keeps in an attribute as flags.
+/// names.
 pub fn seen_through(meta: &Meta, overlay: OverlayXattrs) -> Meta {
     let mut seen = Meta { xattrs: Vec::new(), ..meta.clone() };
     for x in &meta.xattrs {
@@ -22,11 +22,7 @@ pub fn seen_through(meta: &Meta, overlay: OverlayXattrs) -> Meta {
                 let name = [&x.name[..prefix], &mark[b"overlay.".len()..]].concat();
                 seen.xattrs.push(Xattr { name, value: x.value.clone() });
             }
-            // fs/overlayfs/util.c, ovl_set_protattr()
-            Some(b"protattr") => {
-                seen.flags |= if x.value.contains(&b'i') { 0x10 } else { 0 };
-                seen.flags |= if x.value.contains(&b'a') { 0x20 } else { 0 };
-            }
+            // The flags of `protattr` come at the very end.
             Some(_) => {}
         }
     }
@@ -55,6 +51,17 @@ pub fn cannot(
     None
 }
 
+/// Is this the attribute in which overlayfs keeps flags that forbid changes?
+pub fn is_flags(name: &[u8], overlay: OverlayXattrs) -> bool {
+    xattr::mark(name, overlay) == Some(b"protattr")
+}
+
+/// The flags in its value (fs/overlayfs/util.c, `ovl_set_protattr`).
+pub fn flags_of(value: &[u8]) -> u32 {
+    let flag = |letter: u8, flag: u32| if value.contains(&letter) { flag } else { 0 };
+    flag(b'i', 0x10) | flag(b'a', 0x20)
+}
+
 /// Does the directory hide that of the image?
 pub fn is_opaque(meta: &Meta) -> bool {
     meta.xattrs.iter().any(|x| xattr::is_opaque(&x.name, &x.value))
@@ -81,10 +88,9 @@ mod tests {
             ("user.a", "b"),
         ]);
         let seen = seen_through(&layer, OverlayXattrs::Trusted);
-        let mut want =
-            meta(&[("trusted.overlay.opaque", "y"), ("user.overlay.opaque", "y"), ("user.a", "b")]);
-        want.flags = 0x80 | 0x10 | 0x20;
+        let want = meta(&[("trusted.overlay.opaque", "y"), ("user.overlay.opaque", "y"), ("user.a", "b")]);
         assert_eq!(seen, want);
+        assert_eq!((flags_of(b"ia"), flags_of(b"a"), flags_of(b"")), (0x30, 0x20, 0));
         assert_eq!(seen_through(&layer, OverlayXattrs::None), layer);
     }
 

@@ -23,7 +23,7 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, makedev, mkdirat, mknodat};
 use nix::unistd::{ftruncate, linkat, symlinkat};
 
-use super::entry::{self, Entry, Kind, MAX_DEPTH, Meta, PROTECTED, Totals};
+use super::entry::{self, Entry, Kind, MAX_DEPTH, Meta, PROTECTED, Totals, Xattr};
 use super::layer::WritableLayer;
 use super::sys::{self, Inode};
 use super::xattr::{OverlayXattrs, is_leftover};
@@ -47,7 +47,7 @@ pub struct Apply {
     /// A name removed through the mount where the image's own showed through and was hidden.
     hidden: Option<Vec<u8>>,
     /// Inodes that get [`PROTECTED`] flags at the end.
-    protected: BTreeMap<Vec<u8>, u32>,
+    protected: BTreeMap<Vec<u8>, Protected>,
     stats: Stats,
     end: Option<Totals>,
 }
@@ -67,6 +67,13 @@ struct Mount {
 pub struct NeedsUnmount {
     /// What cannot be said through the mount.
     pub why: String,
+}
+
+/// What forbids changes of an inode.
+struct Protected {
+    flags: u32,
+    /// overlayfs keeps such flags of its own in an attribute: this one, if the mount is taken away before the end.
+    mark: Option<Xattr>,
 }
 
 struct Directory {
@@ -236,8 +243,8 @@ impl Apply {
     /// # Errors
     /// They cannot be set.
     pub fn finish_rounds(mut self) -> Result<()> {
-        for (path, flags) in std::mem::take(&mut self.protected) {
-            self.protect(&path, flags).with_context(|| format!("\"{}\"", path.escape_ascii()))?;
+        for (path, protected) in std::mem::take(&mut self.protected) {
+            self.protect(&path, &protected).with_context(|| format!("\"{}\"", path.escape_ascii()))?;
         }
         Ok(())
     }
@@ -247,12 +254,19 @@ impl Apply {
         self.mount.as_ref().map_or(self.upper.as_fd(), |m| m.root.as_fd())
     }
 
-    fn protect(&self, path: &[u8], flags: u32) -> Result<()> {
+    fn protect(&self, path: &[u8], protected: &Protected) -> Result<()> {
         let path = if path.is_empty() { b"." } else { path };
         let node = sys::open_beneath(self.root(), path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?;
         // Reading does not change the access time here: nothing is read.
         let fd = sys::reopen(node.as_fd(), OFlag::O_RDONLY)?;
-        let flags = flags | sys::flags(fd.as_fd())?;
+        let mut flags = protected.flags | sys::flags(fd.as_fd())?;
+        if let Some(mark) = &protected.mark {
+            if self.mount.is_some() {
+                flags |= merged::flags_of(&mark.value);
+            } else {
+                Inode::Open(fd.as_fd()).set_xattr(&CString::new(mark.name.as_slice())?, &mark.value)?;
+            }
+        }
         sys::set_flags(fd.as_fd(), flags).with_context(|| format!("setting inode flags {flags:#x}"))
     }
 
@@ -283,13 +297,16 @@ impl Apply {
     fn complete(&mut self, fd: BorrowedFd<'_>, path: &[u8], meta: &Meta, reused: bool) -> Result<()> {
         let through = self.mount.as_ref().map(|_| merged::seen_through(meta, self.overlay));
         let overlay = if through.is_some() { OverlayXattrs::None } else { self.overlay };
+        let mark = meta.xattrs.iter().find(|x| merged::is_flags(&x.name, self.overlay)).cloned();
+        let flags = meta.flags & PROTECTED;
         let meta = through.as_ref().unwrap_or(meta);
         let exact = (reused && self.delta).then_some(Exact { overlay, keep_marks: path.is_empty() });
         self.stats.flags_dropped += u64::from(!attributes::set(fd, meta, exact)?);
-        match meta.flags & PROTECTED {
-            0 => self.protected.remove(path),
-            flags => self.protected.insert(path.to_vec(), flags),
-        };
+        if flags == 0 && mark.is_none() {
+            self.protected.remove(path);
+        } else {
+            self.protected.insert(path.to_vec(), Protected { flags, mark });
+        }
         Ok(())
     }
 
@@ -495,10 +512,12 @@ impl Apply {
             bail!("a hole that belongs to no changed file")
         };
         let end = file.range(offset, len)?;
+        // The last block goes only if it is within the range as a whole.
+        let len = if end == file.size { len.next_multiple_of(64 << 10) } else { len };
+        let len = len.min(entry::MAX_SIZE - offset);
         sys::punch(file.fd.as_fd(), offset, len).context("making a hole")?;
         // Data may follow that fills some of it.
         file.next = offset;
-        debug_assert!(end <= file.size);
         Ok(())
     }
 
