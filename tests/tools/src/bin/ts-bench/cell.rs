@@ -93,11 +93,13 @@ fn measure_load(figures: &mut Figures, moved: &Move, bed: &mut Bed) -> Result<()
 }
 
 fn measure_client(figures: &mut Figures, moved: &Move, end: &Value) -> Result<(), String> {
-    let gap = end["gaps"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|g| g["realtime_end"].as_f64().is_some_and(|t| t >= moved.begin && t <= moved.end + 1.0));
+    // those that overlap the move: a client's end can come long after it, when its own timers have backed off
+    let gap = end["gaps"].as_array().into_iter().flatten().filter(|g| {
+        g["realtime_end"]
+            .as_f64()
+            .zip(g["ms"].as_f64())
+            .is_some_and(|(end, ms)| end >= moved.begin && end - ms / 1e3 <= moved.end)
+    });
     figures.gap_ms = gap.filter_map(|g| g["ms"].as_f64()).fold(0.0, f64::max);
     figures.p99_ms = end["latency"]["after"]["p99_ms"].as_f64();
     let count = |name: &str| end[name].as_u64().unwrap_or(0);
@@ -186,7 +188,7 @@ mod tests {
     fn only_gaps_of_the_move_count() {
         let moved = Move { begin: 100.0, end: 101.0, freeze_ms: 1.0, detail: json!({}) };
         let end = json!({
-            "gaps": [{"ms": 900.0, "realtime_end": 99.0}, {"ms": 70.5, "realtime_end": 100.9}, {"ms": 20.0, "realtime_end": 101.5}],
+            "gaps": [{"ms": 900.0, "realtime_end": 99.0}, {"ms": 70.5, "realtime_end": 100.9}, {"ms": 1520.0, "realtime_end": 103.5}],
             "lost": 1, "wrong": 2, "connection_survived": true, "latency": {"after": {"p99_ms": 1.5}},
         });
         let mut figures = Figures { detail: json!({}), ..Figures::default() };

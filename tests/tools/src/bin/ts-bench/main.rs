@@ -1,13 +1,16 @@
 //! `hack/bench`'s own program: workloads times systems on the same two nodes, medians, ratios.
 //!
 //! Here: options and the order of things. `bed.rs` and `node.rs` are the two nodes as seen from outside and inside, `workload.rs` what
-//! is moved, `systems/` who moves it, `cell.rs` one measurement, `summary.rs` what comes of many.
+//! is moved, `systems/` who moves it, `cell.rs` one measurement, `summary.rs` what comes of many, `picture.rs` and `page.rs` show it.
 
 mod bed;
 mod cell;
 mod copy;
+mod machine;
 mod memory;
 mod node;
+mod page;
+mod picture;
 mod summary;
 mod systems;
 mod workload;
@@ -31,7 +34,9 @@ const HELP: &str = "ts-bench run [options]   (by hack/bench, which makes what is
   --quick               redis-1g and writer-1g-100, transship and runc, 3 runs
   --seconds S           no further round is begun that would not end by then (at least one is run)
   --json                the last line is one JSON array
-  --out FILE            every figure of every run, as JSON
+  --out FILE            the machine, and every figure of every run, as JSON
+  --picture FILE        the gaps as SVG
+  --page FILE           the tables, into a Markdown file between its marks
 ts-bench node            the helper inside a node";
 
 const QUICK: (&[&str], &[&str]) = (&["redis-1g", "writer-1g-100"], &["transship", "runc"]);
@@ -87,6 +92,22 @@ fn cell(
     result
 }
 
+/// What runs in the nodes.
+fn programs(bed: &mut Bed) -> Vec<(&'static str, String)> {
+    let mut line =
+        |script: &str| bed.a.sh(script).unwrap_or_default().lines().next().unwrap_or_default().to_owned();
+    vec![
+        ("transship", line("transship --version")),
+        ("runc", line("runc --version")),
+        ("containerd", line("containerd --version")),
+        ("CRIU", line("criu --version")),
+    ]
+}
+
+fn write(path: &str, content: &str) -> Result<(), String> {
+    std::fs::write(path, content).map_err(|e| format!("{path}: {e}"))
+}
+
 fn run(args: &Args) -> Result<bool, String> {
     let quick = args.flag("quick");
     let list = |name: &str| args.option(name).map(|text| text.split(',').collect::<Vec<_>>());
@@ -125,7 +146,10 @@ fn run(args: &Args) -> Result<bool, String> {
             rows.push(Row { workload: workload.name, system: system.name(), runs: vec![], errors: vec![] });
         }
     }
-    let (start, mut bed, mut longest) = (Instant::now(), None, 0);
+    let start = Instant::now();
+    let mut up = Bed::up(&nodes, &images)?;
+    let machine = machine::describe(&programs(&mut up));
+    let (mut bed, mut longest) = (Some(up), 0);
     for round in 0..runs {
         let begin = start.elapsed().as_secs();
         if round > 0 && begin + longest > budget {
@@ -171,8 +195,15 @@ fn run(args: &Args) -> Result<bool, String> {
     drop(bed);
     let _ = std::fs::remove_dir_all(&dir);
     if let Some(path) = args.option("out") {
-        let all = json!({"rows": summary::json(&rows, true)});
-        std::fs::write(path, format!("{all:#}\n")).map_err(|e| format!("{path}: {e}"))?;
+        write(path, &format!("{:#}\n", json!({"machine": machine, "rows": summary::json(&rows, true)})))?;
+    }
+    if let Some(path) = args.option("picture") {
+        let about = ["date", "cpu", "kernel"].map(|n| machine[n].as_str().unwrap_or("?")).join(", ");
+        write(path, &picture::svg(&rows, &about))?;
+    }
+    if let Some(path) = args.option("page") {
+        let page = std::fs::read_to_string(path).unwrap_or_default();
+        write(path, &page::insert(&page, &page::tables(&rows, &workloads, &machine)))?;
     }
     if args.flag("json") {
         println!("{}", summary::json(&rows, false));

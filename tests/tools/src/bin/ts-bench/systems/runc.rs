@@ -29,11 +29,33 @@ pub struct Runc {
     way: Way,
     /// The page server or lazy-pages daemon on the destination, by the helper's number.
     daemon: Option<u64>,
+    /// Joins the destination's pod to the bridge after the restore, where no action script does so during it.
+    gate: Option<String>,
+    pipes: Option<Pipes>,
+}
+
+/// The machine's limit of a pipe's size, raised; the value it had comes back when this is dropped.
+struct Pipes(String);
+
+const PIPE_MAX: &str = "/proc/sys/fs/pipe-max-size";
+
+impl Pipes {
+    fn raise() -> Option<Self> {
+        let before = std::fs::read_to_string(PIPE_MAX).ok()?;
+        std::fs::write(PIPE_MAX, "67108864").ok()?;
+        Some(Self(before))
+    }
+}
+
+impl Drop for Pipes {
+    fn drop(&mut self) {
+        let _ = std::fs::write(PIPE_MAX, &self.0);
+    }
 }
 
 impl Runc {
     pub fn new(way: Way) -> Self {
-        Self { way, daemon: None }
+        Self { way, daemon: None, gate: None, pipes: None }
     }
 }
 
@@ -134,26 +156,28 @@ impl System for Runc {
     }
 
     fn prepare(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String> {
-        if workload.redis_mb == 0 {
-            bed.nodes(&["pod", "b", ID, IP, MAC])?;
-        } else {
-            // as `hack/nodes pod`, but not on the bridge: its first packet would draw the connection here
-            let veth = veth(bed)?;
-            bed.b.sh(&format!(
-                "ip netns add {ID}; ip -n {ID} link set lo up
-                 ip link add {veth} type veth peer name eth0 netns {ID} address {MAC}; ip link set {veth} up
-                 ip -n {ID} addr add {IP}/16 dev eth0; ip -n {ID} link set eth0 up; ip -n {ID} route add default via 10.77.0.254"
-            ))?;
-            let gate = format!(
-                "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ] || ip link set {veth} master cni0\n"
-            );
-            write(&mut bed.b, &format!("{DIR}/gate"), &gate)?;
+        // as `hack/nodes pod`, but not on the bridge: its first packet would draw the source's traffic here
+        let veth = veth(bed)?;
+        bed.b.sh(&format!(
+            "ip netns add {ID}; ip -n {ID} link set lo up
+             ip link add {veth} type veth peer name eth0 netns {ID} address {MAC}; ip link set {veth} up
+             ip -n {ID} addr add {IP}/16 dev eth0; ip -n {ID} link set eth0 up; ip -n {ID} route add default via 10.77.0.254"
+        ))?;
+        let gate = format!("ip link set {veth} master cni0");
+        if workload.redis_mb > 0 {
+            let script = format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ] || {gate}\n");
+            write(&mut bed.b, &format!("{DIR}/gate"), &script)?;
             bed.b.sh(&format!("chmod +x {DIR}/gate"))?;
-            write(
-                &mut bed.b,
-                &format!("{DIR}/criu.conf"),
-                &format!("tcp-established\naction-script {DIR}/gate\n"),
-            )?;
+            let conf = format!("tcp-established\naction-script {DIR}/gate\n");
+            write(&mut bed.b, &format!("{DIR}/criu.conf"), &conf)?;
+            self.gate = None;
+        } else {
+            // nobody waits for it: after the restore will do, and spares the peer the script
+            self.gate = Some(gate);
+        }
+        if self.way == Way::Lazy {
+            // CRIU wants pipes larger than an unprivileged user gets; put back by clean()
+            self.pipes = Pipes::raise();
         }
         if self.way == Way::PageServer {
             let server = format!(
@@ -168,12 +192,15 @@ impl System for Runc {
 
     fn migrate(&mut self, bed: &mut Bed, _: &Workload) -> Result<Move, String> {
         let result = if self.way == Way::Lazy { self.lazy(bed) } else { self.stop_and_copy(bed) };
+        if let Some(gate) = self.gate.take() {
+            bed.b.try_sh(&gate);
+        }
         result
             .map_err(|e| format!("{e}\nsource: {}\ndestination: {}", errors(&mut bed.a), errors(&mut bed.b)))
     }
 
     fn clean(&mut self, bed: &mut Bed) {
-        self.daemon = None;
+        (self.daemon, self.gate, self.pipes) = (None, None, None);
         for node in [&mut bed.a, &mut bed.b] {
             node.try_sh(&format!(
                 "runc kill {ID} KILL; for i in 1 2 3 4 5 6 7 8 9 10; do runc delete -f {ID} && break; sleep 0.1; done
