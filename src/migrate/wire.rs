@@ -432,9 +432,9 @@ mod tests {
     fn two_sides_that_both_send_do_not_wait_for_each_other() {
         let send = |mut wire: Wire| {
             // so that the sockets hold far less than what is sent
-            for option in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
-                let small: libc::c_int = 16 << 10;
-                let (value, len) = ((&raw const small).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+            for (option, bytes) in [(libc::SO_SNDBUF, 16 << 10), (libc::SO_RCVBUF, 256 << 10)] {
+                let bytes: libc::c_int = bytes;
+                let (value, len) = ((&raw const bytes).cast(), size_of::<libc::c_int>() as libc::socklen_t);
                 // SAFETY: an open socket and an int that lives through the call.
                 let rc = unsafe { libc::setsockopt(wire.fd(), libc::SOL_SOCKET, option, value, len) };
                 assert_eq!(rc, 0);
