@@ -46,7 +46,7 @@ pub(super) struct Copier {
 impl Copier {
     /// Nothing is in the tasks before the first [`Copier::look`].
     pub fn new(tuning: &Tuning) -> Result<Copier> {
-        let tracker = tracker::open(tracker::detect()).context("opening the tracker of written pages")?;
+        let tracker = tracker::open(kind()).context("opening the tracker of written pages")?;
         let mut compressor = Compressor::new(tuning.compress);
         if let Some(limit) = tuning.bandwidth {
             compressor.limit(limit);
@@ -131,8 +131,9 @@ impl Copier {
         go_on: &GoOn<'_>,
         copied: &mut Copied,
     ) -> Result<()> {
-        let Copier { reader, compressor, meter, limiter, sent, .. } = self;
+        let Copier { tracker, reader, compressor, meter, limiter, sent, .. } = self;
         let sent = sent.entry(space).or_default();
+        let compares = tracker.wants_sent();
         let mut builder = Builder::new(space, MAX_BATCH);
         let mut ship = |payload: Vec<u8>, builder: &mut Builder, copied: &mut Copied| -> Result<()> {
             let payload = compressor.pack(payload);
@@ -149,10 +150,16 @@ impl Copier {
                 Chunk::Data { vaddr, bytes } => {
                     copied.bytes += bytes.len() as u64;
                     sent.insert(*vaddr..*vaddr + bytes.len() as u64);
+                    if compares {
+                        tracker.sent(space, *vaddr, bytes);
+                    }
                 }
                 Chunk::Zero { vaddr, len } => {
                     copied.zero_bytes += len;
                     sent.insert(*vaddr..*vaddr + len);
+                    if compares {
+                        tracker.sent_zero(space, *vaddr, *len);
+                    }
                 }
                 Chunk::Gone { len, .. } => copied.gone_bytes += len,
             }
@@ -171,6 +178,13 @@ impl Copier {
     pub fn rate(&self) -> Option<f64> {
         self.meter.rate()
     }
+}
+
+/// The best tracker that works here, or the one that `TRANSSHIP_TRACKER` in the shim's environment (containerd's) names.
+fn kind() -> TrackerKind {
+    let all = [TrackerKind::UffdWp, TrackerKind::SoftDirty, TrackerKind::Hash];
+    let wanted = std::env::var("TRANSSHIP_TRACKER").ok();
+    wanted.and_then(|w| all.into_iter().find(|k| k.to_string() == w)).unwrap_or_else(tracker::detect)
 }
 
 /// Waits in small steps, so that an abort is noticed.

@@ -81,7 +81,7 @@ pub(super) fn freeze(
         true => Vec::new(),
         false => merge(unsent, copier.look(&tasks, true)?),
     };
-    keep_from_code(&mut found)?;
+    keep_from_code(&mut found);
     items.until_now("final scan", at);
 
     phase("dump");
@@ -196,13 +196,14 @@ fn needed_at_restore(images: &Path, id: u64) -> Result<RangeSet> {
 
 /// CRIU puts a system call into one of a task's executable pages for a moment and takes it out again: such pages are not read
 /// while it works, but after it, as everything that was not sent.
-fn keep_from_code(found: &mut [Found]) -> Result<()> {
+fn keep_from_code(found: &mut [Found]) {
     for f in found {
         let Source::Task(pid) = f.source else { continue };
-        let code: RangeSet = maps::mappings(pid)?.into_iter().filter(|m| m.exec).map(|m| m.range).collect();
+        // a task that has ended has no code that could be wrong
+        let Ok(mappings) = maps::mappings(pid) else { continue };
+        let code: RangeSet = mappings.into_iter().filter(|m| m.exec).map(|m| m.range).collect();
         f.written = f.written.difference(&code);
     }
-    Ok(())
 }
 
 /// The pages that CRIU says exist and has not sent itself.
