@@ -14,7 +14,7 @@ use crate::memory::compress::{Compressor, Meter};
 use crate::memory::rate::Limiter;
 use crate::memory::read::{Chunk, Reader};
 use crate::memory::tracker::{self, Found, Source, Task, Tracker, TrackerKind};
-use crate::memory::{RangeSet, Space};
+use crate::memory::{RangeSet, Space, inject};
 
 /// What one pass of copying came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -177,6 +177,12 @@ impl Copier {
     /// Bytes of memory per second that reach the peer, as far as it is known.
     pub fn rate(&self) -> Option<f64> {
         self.meter.rate()
+    }
+}
+
+impl Drop for Copier {
+    fn drop(&mut self) {
+        inject::helper::rest();
     }
 }
 

@@ -11,6 +11,7 @@
 
 #[cfg(any(target_arch = "aarch64", test))]
 mod aarch64;
+pub mod helper;
 mod ptrace;
 #[cfg(any(target_arch = "x86_64", test))]
 mod x86_64;
@@ -44,6 +45,11 @@ const UFFD_USER_MODE_ONLY: u64 = 1;
 ///
 /// Errors: the task is frozen (it cannot run the call), traced by somebody else, 32-bit, does not stop, or has gone.
 pub fn userfaultfd(pid: i32) -> Result<OwnedFd> {
+    if helper::wanted() { helper::userfaultfd(pid) } else { traced_here(pid) }
+}
+
+/// The same by a thread of this process, which must not wait for children that it does not know.
+fn traced_here(pid: i32) -> Result<OwnedFd> {
     if Freezer::of_pid(pid).and_then(|f| f.is_frozen()).unwrap_or(false) {
         bail!("task {pid} is in a frozen cgroup: it cannot run a system call");
     }
