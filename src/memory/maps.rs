@@ -90,7 +90,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
 
     #[test]
     fn our_own_are_there() {
-        let here = &mappings as *const _ as u64;
+        let here = mappings as fn(i32) -> _ as usize as u64;
         let all = mappings(std::process::id() as i32).unwrap();
         assert!(all.iter().any(|m| m.range.contains(&here)));
         assert!(all.windows(2).all(|w| w[0].range.end <= w[1].range.start));

@@ -6,7 +6,7 @@ use super::class::{Class, class, shmem_device};
 use super::scan::{Pagemap, Select};
 use super::sent::Sent;
 use super::shared::{Shared, data};
-use super::task::{Task, started};
+use super::task::{Task, gone};
 use super::{Found, Source, Tracker, TrackerKind};
 use crate::criu::ImageKind;
 use crate::memory::maps::mappings;
@@ -36,7 +36,7 @@ impl Tracker for Hash {
         for task in tasks {
             match candidates(task, Select::Populated, &mut shared) {
                 Ok(found) => all.push(found),
-                Err(_) if started(task.pid).is_none() => {}
+                Err(_) if gone(task.pid) => {}
                 Err(e) => return Err(e),
             }
         }
@@ -89,7 +89,7 @@ pub fn narrow(sent: &mut Sent, all: Vec<Found>) -> Result<Vec<Found>> {
             Ok(found) if found.written.is_empty() => {}
             Ok(found) => out.push(found),
             Err(e) => match source {
-                Source::Task(pid) if started(pid).is_none() => {}
+                Source::Task(pid) if gone(pid) => {}
                 // The mapping has gone between the two steps: the next look sees whether another is left.
                 Source::SharedMap { pid, start, end, .. } if data(pid, &(start..end)).is_err() => {}
                 _ => return Err(e),

@@ -9,6 +9,8 @@
 //! | [`shared`] | bookkeeping of shared memory: whose mappings, which have vanished |
 //! | [`soft_dirty`] | tracker `soft-dirty` |
 //! | [`hash`] | tracker `hash` |
+//! | [`sent`] | what was sent, as hashes |
+//! | [`still`] | a task held still for a moment |
 //! | [`probe`] | which of them work here |
 //!
 //! The rule for all: **protect first, then read.** A look names pages; their content is read after it. A write that comes in between
@@ -27,6 +29,7 @@ mod scan;
 mod sent;
 mod shared;
 mod soft_dirty;
+mod still;
 mod task;
 #[cfg(test)]
 mod tests;

@@ -16,15 +16,13 @@ use anyhow::{Context, Result};
 use super::class::{Class, class, shmem_device};
 use super::scan::{Pagemap, Select};
 use super::shared::Shared;
-use super::task::{Task, share_memory, started};
+use super::still::Still;
+use super::task::{Task, gone, share_memory, started};
 use super::uffd::Uffd;
 use super::{Found, Source, Tracker, TrackerKind};
 use crate::criu::ImageKind;
 use crate::memory::maps::{Mapping, mappings};
 use crate::memory::{RangeSet, Space, inject};
-
-/// How often a mapping that changes under our hands is tried before the descriptor is suspected to be another program's.
-const RACES: u32 = 3;
 
 /// See the module's head.
 #[derive(Debug, Default)]
@@ -85,7 +83,7 @@ impl Tracker for UffdWp {
                     source: Source::Task(task.pid),
                     written,
                 }),
-                Err(_) if tasks_gone(task.pid) => {}
+                Err(_) if gone(task.pid) => {}
                 Err(e) => {
                     return Err(e).with_context(|| format!("looking at the memory of task {}", task.pid));
                 }
@@ -111,11 +109,6 @@ impl Drop for UffdWp {
     }
 }
 
-/// Ended, or a zombie.
-fn tasks_gone(pid: i32) -> bool {
-    super::tasks(&[pid]).is_empty()
-}
-
 /// One look at one task.
 struct Look<'a> {
     task: &'a Task,
@@ -129,132 +122,159 @@ struct Look<'a> {
 impl Look<'_> {
     fn all(&mut self) -> Result<RangeSet> {
         let pid = self.task.pid;
+        if !self.refused && self.watched.uffd.is_none() {
+            match inject::userfaultfd(pid).and_then(|fd| Ok(Uffd::handshake(fd)?)) {
+                Ok(uffd) => self.watched.uffd = Some(uffd),
+                Err(e) => {
+                    log::warn!("memory of task {pid} is sent whole in each round: {e:#}");
+                    self.refused = true;
+                }
+            }
+        }
         let maps = mappings(pid)?;
         let mut pagemap = Pagemap::open(pid)?;
         let avoid = shadow_stacks(pid)?;
         let mut written = RangeSet::new();
+        let mut done = BTreeSet::new();
         for m in &maps {
             let found = match class(m, shmem_device()) {
-                Class::Skip => continue,
+                Class::Skip => Ok(Some(RangeSet::new())),
                 Class::Private { .. } if avoid.contains(&m.range.start) => {
-                    pagemap.scan(m.range.clone(), Select::Populated, false)
+                    pagemap.scan(m.range.clone(), Select::Populated, false).map(Some)
                 }
                 Class::Private { file } => self.private(m, file, &mut pagemap),
-                Class::Shared { shmid } => self.shared(m, shmid, &mut pagemap).map(|()| RangeSet::new()),
+                Class::Shared { shmid } => self.shared(m, shmid, &mut pagemap),
             };
-            let found =
-                found.with_context(|| format!("mapping {:x}-{:x} {}", m.range.start, m.range.end, m.name))?;
-            found.iter().for_each(|r| written.insert(r));
+            if let Some(found) = found.with_context(|| describe(m))? {
+                found.iter().for_each(|r| written.insert(r));
+                done.insert((m.range.start, m.range.end));
+            }
+        }
+        if done.len() < maps.len() {
+            self.adopt(&done)?.iter().for_each(|r| written.insert(r));
         }
         Ok(written)
     }
 
-    fn private(&mut self, m: &Mapping, file: bool, pagemap: &mut Pagemap) -> io::Result<RangeSet> {
+    /// None: it must be registered first.
+    fn private(&mut self, m: &Mapping, file: bool, pagemap: &mut Pagemap) -> io::Result<Option<RangeSet>> {
         let select = if file { Select::WrittenOrSwapped } else { Select::Written };
         match pagemap.scan(m.range.clone(), select, !self.last) {
             Err(e) if unwatched(&e) => {}
-            other => return other,
+            other => return other.map(Some),
         }
         if self.refused || (file && !m.write) {
             let all = pagemap.scan(m.range.clone(), Select::Populated, false)?;
-            if self.refused || all.is_empty() {
-                return Ok(all);
-            }
-        }
-        match self.register(m, pagemap, |pagemap, uffd| {
-            let (all, stale) = pagemap.adopt(m.range.clone())?;
-            stale.iter().try_for_each(|r| uffd.protect(r))?;
-            Ok(all)
-        })? {
-            Some(all) => Ok(all),
-            None => pagemap.scan(m.range.clone(), Select::Populated, false),
-        }
-    }
-
-    fn shared(&mut self, m: &Mapping, shmid: u64, pagemap: &mut Pagemap) -> io::Result<()> {
-        let pid = self.task.pid;
-        match pagemap.scan(m.range.clone(), Select::SharedWritten, !self.last) {
-            Ok(written) => {
-                self.shared.watched(shmid, pid, m, &written);
-                return Ok(());
-            }
-            Err(e) if unwatched(&e) => {}
-            Err(e) => return Err(e),
-        }
-        let key = (m.range.start, m.range.end);
-        if !m.write && self.watched.read_only.contains(&key) {
-            self.shared.watched(shmid, pid, m, &RangeSet::new());
-            return Ok(());
-        }
-        if !self.refused {
-            // Markers in every place: from here on a place without an entry was written and reclaimed.
-            let done = self.register(m, pagemap, |_, uffd| uffd.protect(m.range.clone()));
-            match done {
-                Err(e) if !m.write && e.raw_os_error() == Some(libc::EPERM) => {
-                    self.watched.read_only.insert(key);
-                    self.shared.watched(shmid, pid, m, &RangeSet::new());
-                    return Ok(());
-                }
-                other => drop(other?),
-            }
-        }
-        self.shared.unwatched(shmid, pid, m);
-        Ok(())
-    }
-
-    /// Puts a mapping under tracking and protects it by `protect`. None: that is not possible.
-    fn register<T>(
-        &mut self,
-        m: &Mapping,
-        pagemap: &mut Pagemap,
-        mut protect: impl FnMut(&mut Pagemap, &Uffd) -> io::Result<T>,
-    ) -> io::Result<Option<T>> {
-        let mut fresh = false;
-        for race in 0..2 * RACES {
-            if self.watched.uffd.is_none() {
-                if fresh {
-                    return Ok(None);
-                }
-                fresh = true;
-                match inject::userfaultfd(self.task.pid).and_then(|fd| Ok(Uffd::handshake(fd)?)) {
-                    Ok(uffd) => self.watched.uffd = Some(uffd),
-                    Err(e) => {
-                        log::warn!("memory of task {} is sent whole in each round: {e:#}", self.task.pid);
-                        self.refused = true;
-                        return Ok(None);
-                    }
-                }
-            }
-            let Some(uffd) = &self.watched.uffd else { continue };
-            match uffd.register(m.range.clone()) {
-                Ok(()) => match protect(pagemap, uffd) {
-                    Ok(done) => return Ok(Some(done)),
-                    // The mapping was replaced just now, or the descriptor is of the memory before an exec.
-                    Err(e) if unwatched(&e) || e.raw_os_error() == Some(libc::ENOENT) => {
-                        if race + 1 == RACES && !fresh {
-                            self.forget();
-                        }
-                    }
-                    Err(e) if e.raw_os_error() == Some(libc::ESRCH) => self.forget(),
-                    Err(e) => return Err(e),
-                },
-                Err(e) if !uffd.alive() => {
-                    log::debug!("task {} has executed another program ({e})", self.task.pid);
-                    self.forget();
-                }
-                // It may not be written, ever: the caller knows what that means for shared memory.
-                Err(e) if e.raw_os_error() == Some(libc::EPERM) && m.shared => return Err(e),
-                // Unmapped meanwhile, or memory that cannot be tracked (MAP_DROPPABLE), or tracked by somebody else.
-                Err(_) => return Ok(None),
-            }
+            return Ok((self.refused || all.is_empty()).then_some(all));
         }
         Ok(None)
     }
 
-    fn forget(&mut self) {
-        self.watched.uffd = None;
-        self.watched.read_only.clear();
+    /// As [`Self::private`]; what was written goes to the object.
+    fn shared(&mut self, m: &Mapping, shmid: u64, pagemap: &mut Pagemap) -> io::Result<Option<RangeSet>> {
+        let pid = self.task.pid;
+        match pagemap.scan(m.range.clone(), Select::SharedWritten, !self.last) {
+            Ok(written) => self.shared.watched(shmid, pid, m, &written),
+            Err(e) if !unwatched(&e) => return Err(e),
+            _ if !m.write && self.watched.read_only.contains(&(m.range.start, m.range.end)) => {
+                self.shared.watched(shmid, pid, m, &RangeSet::new());
+            }
+            _ if self.refused => self.shared.unwatched(shmid, pid, m),
+            _ => return Ok(None),
+        }
+        Ok(Some(RangeSet::new()))
     }
+
+    /// Registers the mappings that are not in `done`, and names them whole.
+    ///
+    /// The task is held still for it (well under a millisecond): a mapping that grows between our reading of the list and the
+    /// registration would be split in two by it, and mremap of a mapping in two parts fails (EFAULT). Protecting comes after.
+    fn adopt(&mut self, done: &BTreeSet<(u64, u64)>) -> Result<RangeSet> {
+        let pid = self.task.pid;
+        let mut pagemap = Pagemap::open(pid)?;
+        let mut new = Vec::new();
+        {
+            let _still = Still::new(pid)
+                .inspect_err(|e| log::debug!("memory of task {pid} is registered while it runs: {e:#}"));
+            for m in mappings(pid)? {
+                let kind = class(&m, shmem_device());
+                if kind == Class::Skip || done.contains(&(m.range.start, m.range.end)) {
+                    continue;
+                }
+                if kind == (Class::Private { file: true })
+                    && !m.write
+                    && pagemap.scan(m.range.clone(), Select::Populated, false)?.is_empty()
+                {
+                    continue;
+                }
+                let registered = self.register(&m)?;
+                new.push((m, kind, registered));
+            }
+        }
+        let mut written = RangeSet::new();
+        let (mut right, mut wrong) = (0, 0);
+        for (m, kind, registered) in &new {
+            let uffd = self.watched.uffd.as_ref().filter(|_| *registered);
+            let ours = match (kind, uffd) {
+                (Class::Shared { shmid }, uffd) => {
+                    self.shared.unwatched(*shmid, pid, m);
+                    // Markers in every place: from here on a place without an entry was written and reclaimed.
+                    uffd.map(|u| u.protect(m.range.clone()).is_ok())
+                }
+                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m.range.clone()) {
+                    Ok(all) => {
+                        all.iter().for_each(|r| written.insert(r));
+                        Some(true)
+                    }
+                    Err(e) if unwatched(&e) || e.raw_os_error() == Some(libc::ENOENT) => Some(false),
+                    Err(e) => return Err(e).with_context(|| describe(m)),
+                },
+                (_, None) => None,
+            };
+            match ours {
+                Some(true) => right += 1,
+                Some(false) => wrong += 1,
+                None => {}
+            }
+            if ours != Some(true) && matches!(kind, Class::Private { .. }) {
+                let all = pagemap.scan(m.range.clone(), Select::Populated, false)?;
+                all.iter().for_each(|r| written.insert(r));
+            }
+        }
+        // All that we registered was not in this memory: the task has executed another program, and the descriptor is of the memory
+        // before (which somebody else may still use). The next look begins anew.
+        if right == 0 && wrong > 0 || self.watched.uffd.as_ref().is_some_and(|u| !u.alive()) {
+            log::debug!("task {pid} has executed another program");
+            self.watched.uffd = None;
+            self.watched.read_only.clear();
+        }
+        Ok(written)
+    }
+
+    /// False: that is not possible (gone, MAP_DROPPABLE, tracked by somebody else, or never written).
+    fn register(&mut self, m: &Mapping) -> Result<bool> {
+        let Some(uffd) = &self.watched.uffd else { return Ok(false) };
+        match uffd.register(m.range.clone()) {
+            Ok(()) => Ok(true),
+            // It may not be written, ever; nothing can come through it.
+            Err(e) if m.shared && !m.write && e.raw_os_error() == Some(libc::EPERM) => {
+                self.watched.read_only.insert((m.range.start, m.range.end));
+                Ok(false)
+            }
+            Err(_) => Ok(false),
+        }
+    }
+}
+
+/// Protects what is populated and names it.
+fn adopted(pagemap: &mut Pagemap, uffd: &Uffd, range: Range<u64>) -> io::Result<RangeSet> {
+    let (all, stale) = pagemap.adopt(range)?;
+    stale.iter().try_for_each(|r| uffd.protect(r))?;
+    Ok(all)
+}
+
+fn describe(m: &Mapping) -> String {
+    format!("mapping {:x}-{:x} {}", m.range.start, m.range.end, m.name)
 }
 
 /// Not wholly under our tracking.

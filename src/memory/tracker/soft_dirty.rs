@@ -9,17 +9,16 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::hash::{candidates, narrow};
 use super::scan::Select;
 use super::sent::Sent;
 use super::shared::Shared;
-use super::task::{Task, started};
+use super::still::Still;
+use super::task::{Task, gone, started};
 use super::{Found, Tracker, TrackerKind};
-use crate::cgroup::Freezer;
 use crate::criu::ImageKind;
 use crate::memory::Space;
 
@@ -52,7 +51,7 @@ impl SoftDirty {
                 Ok(found)
             }) {
                 Ok(found) => all.push(found),
-                Err(_) if started(task.pid).is_none() => continue,
+                Err(_) if gone(task.pid) => continue,
                 Err(e) => return Err(e),
             }
             cleared.insert(task.pid, start);
@@ -110,34 +109,15 @@ fn clear(pid: i32) -> Result<()> {
     file.write_all(b"4").with_context(|| format!("writing 4 to {path}"))
 }
 
-/// A cgroup that is thawed on drop.
-struct Still(Freezer);
-
-impl Drop for Still {
-    fn drop(&mut self) {
-        if let Err(e) = self.0.thaw() {
-            log::error!("thawing {} after a look at its memory: {e:#}", self.0.path().display());
-        }
-    }
-}
-
-/// Freezes the cgroups that the tasks are in; one that is frozen already is left alone.
+/// Freezes the cgroups that the tasks are in; one that is frozen already (by the first task of it, too) is left alone.
 fn freeze(tasks: &[Task]) -> Result<Vec<Still>> {
-    let mut all: Vec<Still> = Vec::new();
+    let mut all = Vec::new();
     for task in tasks {
-        let freezer = match Freezer::of_pid(task.pid) {
-            Ok(freezer) => freezer,
-            Err(_) if started(task.pid).is_none() => continue,
-            Err(e) => return Err(e),
-        };
-        if all.iter().any(|s| s.0 == freezer) || freezer.is_frozen()? {
-            continue;
+        match Still::new(task.pid) {
+            Ok(still) => all.extend(still),
+            Err(_) if gone(task.pid) => {}
+            Err(e) => return Err(e.context("holding the tasks still for a look at their memory")),
         }
-        let still = Still(freezer);
-        if !still.0.freeze(Duration::from_secs(2))? {
-            bail!("{} did not freeze within 2 s for a look at its memory", still.0.path().display());
-        }
-        all.push(still);
     }
     Ok(all)
 }

@@ -37,6 +37,11 @@ pub fn started(pid: i32) -> Option<u64> {
     text[text.rfind(')')? + 1..].split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Ended, or a zombie.
+pub fn gone(pid: i32) -> bool {
+    tasks(&[pid]).is_empty()
+}
+
 /// Do two tasks share their memory (a vfork whose child has not executed yet)?
 pub fn share_memory(a: i32, b: i32) -> bool {
     const KCMP_VM: i32 = 1;
