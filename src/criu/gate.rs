@@ -1,4 +1,5 @@
-//! The gates themselves: what the shim's executable does when it is called as `<bundle>/gate/criu` or `<bundle>/gate/action`.
+//! The gates themselves: what the shim's executable does when it is called as `<bundle>/gate/criu` or `<bundle>/gate/action`,
+//! and, because this is where it finds out what it was called as, as [`super::tar`].
 //!
 //! - `criu` stands first in runc's PATH. runc starts it as `criu swrk 3` with the RPC socket as descriptor 3. If the request that waits there is
 //!   RESTORE, it says so on the gate's socket and waits for the answer; in any case it then becomes the real CRIU (same process).
@@ -62,6 +63,12 @@ pub fn main_if_invoked() -> Option<ExitCode> {
     // runc calls us by the bare name `criu`, so argv[0] does not tell where we are; the path given to execve does.
     let executable = exec_path()?;
     let (dir, name) = (executable.parent()?.to_owned(), executable.file_name()?.to_owned());
+    if super::tar::is_ours(&executable) {
+        return Some(super::tar::main(&executable).unwrap_or_else(|e| {
+            eprintln!("tar: {e:#}");
+            ExitCode::FAILURE
+        }));
+    }
     if (name != CRIU && name != ACTION) || !dir.join(REAL_CRIU).is_file() {
         return None;
     }

@@ -14,6 +14,7 @@
 //! | [`page_server`] | CRIU's page server protocol, receiving end |
 //! | [`images`] | the destination's memory images, written from the pages of a full dump |
 //! | [`plan`], [`mm_image`] | the same after a dump without memory: from the store, some of it left to the page daemon |
+//! | [`tar`] | a quick `tar` for CRIU to call |
 //! | [`gate`], [`gate_server`] | holding a stock `runc restore` at two places |
 //!
 //! Everything here blocks; there is no tokio.
@@ -36,6 +37,7 @@ mod proof;
 pub mod rpc;
 pub mod stdio;
 pub mod swrk;
+pub mod tar;
 mod timerfd_image;
 pub mod version;
 

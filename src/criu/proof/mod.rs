@@ -69,6 +69,10 @@ fn a_container_moves_is_refused_and_moves_again() {
         return println!("SKIPPED: {reason}");
     }
     if std::env::var_os("TRANSSHIP_PROOF_INSIDE").is_some() {
+        // to measure instead of to prove
+        if std::env::var_os("ROUNDS").is_some() {
+            return Bed::new(RUNCS[0], false).and_then(|mut bed| bed.fixed_cost()).unwrap();
+        }
         for runc in RUNCS {
             for cgroupns in [false, true] {
                 println!("--- {runc}, cgroup namespace: {cgroupns}");
@@ -154,6 +158,9 @@ struct Bed {
     criu: Criu,
     dir: PathBuf,
     output: Output,
+    fast: Fast,
+    /// Dump and restore of each move, milliseconds.
+    took: std::cell::RefCell<Vec<[f64; 2]>>,
     /// The sums that the container has to answer, computed by its twin that is never moved.
     twin: Option<Client>,
 }
@@ -167,6 +174,17 @@ enum Memory {
     Eager,
     /// CRIU's list; what can be lazy is.
     Lazy,
+}
+
+/// What a dump and a restore are made faster with.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fast {
+    /// CRIU runs in the container's network namespace, at both ends.
+    netns: bool,
+    /// Our own tar.
+    tar: bool,
+    /// Log level 1, at both ends.
+    quiet: bool,
 }
 
 /// What waits for a dump's events.
@@ -199,6 +217,8 @@ impl Bed {
             criu: Criu::find(Some(Path::new(CRIU)))?,
             dir,
             output: Output::default(),
+            fast: Fast::default(),
+            took: Default::default(),
             twin: None,
         })
     }
@@ -231,7 +251,7 @@ impl Bed {
         let cgroup = if self.cgroupns { r#",{"type":"cgroup"}"# } else { "" };
         let json = format!(
             r#"{{"ociVersion":"1.0.2","annotations":{{"{CRIU_CONF_ANNOTATION}":"{bundle}/criu.conf"}},
- "process":{{"terminal":false,"user":{{"uid":0,"gid":0}},"args":["/hog","16"],"cwd":"/","env":["PATH=/"],
+ "process":{{"terminal":false,"user":{{"uid":0,"gid":0}},"args":["/hog","{mb}"],"cwd":"/","env":["PATH=/"],
   "capabilities":{{"bounding":["CAP_KILL"],"effective":["CAP_KILL"],"permitted":["CAP_KILL"]}},"noNewPrivileges":true}},
  "root":{{"path":"rootfs"}},"hostname":"hog",
  "mounts":[{{"destination":"/proc","type":"proc","source":"proc"}},
@@ -248,7 +268,8 @@ impl Bed {
   "maskedPaths":["/proc/acpi","/proc/kcore","/proc/keys","/proc/timer_list","/sys/firmware"],
   "readonlyPaths":["/proc/bus","/proc/fs","/proc/irq","/proc/sys","/proc/sysrq-trigger"]}}}}"#,
             bundle = bundle.display(),
-            dir = self.dir.display()
+            dir = self.dir.display(),
+            mb = std::env::var("MB").unwrap_or("16".into())
         );
         fs::write(bundle.join("config.json"), json)?;
         Ok(bundle)
@@ -329,7 +350,7 @@ impl Bed {
         let state = PathBuf::from(format!("/run/runc/{}/state.json", from.id));
         let descriptors = stdio::descriptors(Some(&state), from.pid)?;
         stdio::write(&images_in, &descriptors)?;
-        let mut gates = GateServer::prepare(&bundle, &std::env::current_exe()?, &self.criu.path, "")?;
+        let mut gates = GateServer::prepare(&bundle, &program()?, &self.criu.path, "")?;
         let begun = Instant::now();
         let runc = self.restore(&bundle, &images_in, &work, id, &gates)?;
         let pidfd = gate_server::pidfd(i32::try_from(runc.id())?)?;
@@ -340,13 +361,24 @@ impl Bed {
         // Source.
         let freezer = Freezer::of_pid(from.pid)?;
         let mode = if memory == Memory::Full { MemoryMode::Full } else { MemoryMode::Parent };
-        let ready = self.criu.prepare_dump(&Worker { memory: mode, ..Worker::default() })?;
+        let tools = match self.fast.tar {
+            true => Some(super::tar::tools(&work, &program()?)?),
+            false => None,
+        };
+        let inside = match self.fast.netns {
+            true => Some(File::open(format!("/proc/{}/ns/net", from.pid))?),
+            false => None,
+        };
+        let worker =
+            Worker { memory: mode, netns: inside.as_ref().map(|f| f.as_fd()), path_first: tools.as_deref() };
+        let ready = self.criu.prepare_dump(&worker)?;
         let frozen_at = Instant::now();
         ensure!(!freezer.freeze(SOON)?, "was frozen before");
         let froze = frozen_at.elapsed();
         self.link(&from.netns, "down")?;
         let facts = Facts::gather(&spec, from.pid, &from.bundle.join("rootfs"), freezer.path())?;
-        let opts = dump_options(&spec, &facts, &Limits::default())?;
+        let log_level = if self.fast.quiet { 1 } else { 4 };
+        let opts = dump_options(&spec, &facts, &Limits { log_level, ..Limits::default() })?;
         let eager_max = if memory == Memory::Eager { u64::MAX } else { 0 };
         let mut sink = match memory {
             Memory::Full => Sink::Store(PageStore::new(&images_in, 1 << 30)),
@@ -400,11 +432,18 @@ impl Bed {
                 (plan.eager_bytes + plan.lazy_bytes, plan, pages)
             }
         };
-        ensure!(bytes > 16 << 20 && (memory != Memory::Full || bytes == stats.page_bytes), "{bytes} bytes");
+        ensure!(bytes > 0 && (memory != Memory::Full || bytes == stats.page_bytes), "{bytes} bytes");
         let opened = Instant::now();
-        gates.open_restore_with(&Opening { lazy_pages: pages.is_some(), ..Opening::default() })?;
+        let target = PathBuf::from(format!("/run/netns/{netns}"));
+        gates.open_restore_with(&Opening {
+            lazy_pages: pages.is_some(),
+            netns: self.fast.netns.then_some(target.as_path()),
+            path_first: tools.as_deref(),
+            log_level: self.fast.quiet.then_some(1),
+        })?;
         gates.wait_restored(&wait())?;
         let restored = opened.elapsed();
+        self.took.borrow_mut().push([dumped, restored].map(|d| d.as_secs_f64() * 1e3));
         ensure!(self.output.stands_still(), "tasks ran while held");
         let state = self.runc(&["state", id])?;
         ensure!(state.contains("\"running\""), "runc says {state}");
@@ -525,6 +564,7 @@ impl Bed {
         ensure!(!self.output.stands_still(), "the container has stopped writing");
         self.failing_dumps(&second)?;
         self.ask(&mut client, 50)?;
+        self.fast = Fast { netns: true, tar: true, quiet: true };
         let third = self.move_to(&second, "m3", "n3", Memory::Lazy, false)?.context("moved")?;
         self.ask(&mut client, 50)?;
         let fourth = self.move_to(&third, "m4", "n4", Memory::Eager, false)?.context("moved")?;
@@ -548,6 +588,44 @@ impl Bed {
         self.drop_netns("t")?;
         sh("ip link del pc; ip netns del c; ip link del br0").map(drop)
     }
+}
+
+impl Bed {
+    /// Moves one container again and again, and says what a dump and a restore take with each of the means.
+    fn fixed_cost(&mut self) -> Result<()> {
+        sh("ip link add br0 type bridge forward_delay 0; ip link set br0 up")?;
+        let mut here = self.start("f", "nf", &self.output.clone())?;
+        let rounds = std::env::var("ROUNDS").map_or(6, |r| r.parse().expect("a number"));
+        let with = |netns, tar, quiet| Fast { netns, tar, quiet };
+        for (memory, fast) in [
+            (Memory::Full, Fast::default()),
+            (Memory::Eager, Fast::default()),
+            (Memory::Eager, with(true, false, false)),
+            (Memory::Eager, with(true, true, false)),
+            (Memory::Eager, with(true, true, true)),
+            (Memory::Lazy, with(true, true, true)),
+        ] {
+            self.fast = fast;
+            for round in 0..rounds {
+                let id =
+                    format!("{memory:?}{}{}{}{round}", fast.netns as u8, fast.tar as u8, fast.quiet as u8);
+                here = self.move_to(&here, &id, &id, memory, false)?.context("moved")?;
+            }
+            let took = self.took.take();
+            let of = |i: usize| {
+                let mut all: Vec<f64> = took.iter().map(|t| t[i]).collect();
+                all.sort_by(f64::total_cmp);
+                format!("{:6.1} ({:.1})", all[all.len() / 2], all[0])
+            };
+            println!("FIXED {memory:?} {fast:?}: dump {} restore {}", of(0), of(1));
+        }
+        self.runc(&["delete", "--force", &here.id]).map(drop)
+    }
+}
+
+/// The program of the gates: this one, or a release build of the shim to measure with.
+fn program() -> Result<PathBuf> {
+    Ok(std::env::var_os("TRANSSHIP_PROOF_PROGRAM").map_or(std::env::current_exe()?, PathBuf::from))
 }
 
 fn finish(runc: Child) -> Result<(bool, String)> {
