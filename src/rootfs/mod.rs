@@ -37,6 +37,8 @@ mod sys;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_rounds;
 pub mod times;
 pub mod wire;
 pub mod writers;
