@@ -373,7 +373,11 @@ mod tests {
                 // data that was changed is TLS's business; it must still be a well-formed batch
                 Ok(batch) => batch.chunks().for_each(|chunk| match chunk {
                     Chunk::Data { vaddr, bytes } => {
-                        assert!(vaddr % page == 0 && bytes.len() as u64 % page == 0 && !bytes.is_empty());
+                        assert!(
+                            vaddr % page == 0
+                                && (bytes.len() as u64).is_multiple_of(page)
+                                && !bytes.is_empty()
+                        );
                     }
                     Chunk::Zero { vaddr, len } | Chunk::Gone { vaddr, len } => {
                         assert!(vaddr % page == 0 && len % page == 0 && vaddr.checked_add(len).is_some());
@@ -402,8 +406,8 @@ mod tests {
         assert!(with(run, 5 * page + 1).is_err(), "no page's address");
         assert!(with(run, u64::MAX - page + 1).is_err(), "behind the last address");
         assert!(with(run + 8, page).is_err() && with(run + 8, 3 * page).is_err(), "other data");
-        assert!(with(run + 8, 2 * page | 1 << 56).is_err(), "data that belongs to no run");
-        assert!(with(run + 8, 2 * page | 3 << 56).is_err(), "an unknown kind of run");
+        assert!(with(run + 8, (2 * page) | (1 << 56)).is_err(), "data that belongs to no run");
+        assert!(with(run + 8, (2 * page) | (3 << 56)).is_err(), "an unknown kind of run");
         assert!(with(16, u64::MAX).is_err());
     }
 }

@@ -173,9 +173,8 @@ impl Compressor {
             self.skip -= 1;
             return payload;
         }
+        // an earlier payload, whose bytes are overwritten: filling it with zeros first would cost a tenth of lz4's time
         let mut out = std::mem::take(&mut self.spare);
-        out.clear();
-        out.extend_from_slice(&payload[..HEADER]);
         let most = (header.plain as f64 * WORTH) as usize;
         let stored = self.compress(self.chosen, data, &mut out).filter(|n| *n <= most);
         let Some(stored) = stored else {
@@ -187,6 +186,7 @@ impl Compressor {
         };
         self.hopeless = 0;
         out.truncate(HEADER + stored);
+        out[..HEADER].copy_from_slice(&payload[..HEADER]);
         out.extend_from_slice(&payload[HEADER + header.plain..]);
         out[1] = self.chosen as u8;
         out[20..24].copy_from_slice(&(stored as u32).to_le_bytes());
@@ -194,22 +194,27 @@ impl Compressor {
         out
     }
 
-    /// Appends compressed `data` to `out`; its length, none if it does not shrink or the codec failed.
+    /// Puts compressed `data` into `out` where a payload has it, and makes `out` long enough; its length, none if it does not
+    /// shrink or the codec failed.
     fn compress(&mut self, codec: Codec, data: &[u8], out: &mut Vec<u8>) -> Option<usize> {
-        let at = out.len();
+        let room = match codec {
+            Codec::None => return None,
+            Codec::Lz4 => lz4_flex::block::get_maximum_output_size(data.len()),
+            // no more than it may have: zstd stops early
+            Codec::Zstd => data.len(),
+        };
+        if out.len() < HEADER + room {
+            out.resize(HEADER + room, 0);
+        }
+        let to = &mut out[HEADER..HEADER + room];
         match codec {
             Codec::None => None,
-            Codec::Lz4 => {
-                out.resize(at + lz4_flex::block::get_maximum_output_size(data.len()), 0);
-                lz4_flex::block::compress_into(data, &mut out[at..]).ok()
-            }
+            Codec::Lz4 => lz4_flex::block::compress_into(data, to).ok(),
             Codec::Zstd => {
                 if self.zstd.is_none() {
                     self.zstd = zstd::bulk::Compressor::new(1).ok();
                 }
-                // no room for more than it may have: zstd stops early
-                out.resize(at + data.len(), 0);
-                self.zstd.as_mut()?.compress_to_buffer(data, &mut out[at..]).ok()
+                self.zstd.as_mut()?.compress_to_buffer(data, to).ok()
             }
         }
     }
@@ -226,7 +231,6 @@ impl Compressor {
         let piece = &data[from..from + data.len().min(SAMPLE)];
         let mut out = std::mem::take(&mut self.spare);
         for (n, codec) in [Codec::Lz4, Codec::Zstd].into_iter().enumerate() {
-            out.clear();
             let start = Instant::now();
             let len = self.compress(codec, piece, &mut out);
             let took = start.elapsed().max(Duration::from_micros(1)).as_secs_f64();

@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn rounds_and_time_have_an_end() {
         let round = |dirty| RoundStats { bytes: 2 * dirty, pages: 0, seconds: 1.0, dirty_after_bytes: dirty };
-        let rounds: Vec<_> = (0..5).map(|n| round(1000 * MB >> n)).collect();
+        let rounds: Vec<_> = (0..5).map(|n| round((1000 * MB) >> n)).collect();
         let mut b = budget(Mode::Auto);
         assert_eq!(decide(&rounds, &b, Some(100e6)), Decision::Another);
         b.max_rounds = 5;

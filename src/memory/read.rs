@@ -399,11 +399,12 @@ mod tests {
         }
     }
 
-    /// Per page: 'd', 'z' or 'g', and byte 100 of it; runs as they came.
-    fn read(
-        source: &Source,
-        ranges: &RangeSet,
-    ) -> (BTreeMap<u64, (char, u8)>, Vec<(char, u64, u64)>, ReadStats) {
+    /// By address: 'd', 'z' or 'g', and byte 100 of the page.
+    type Pages = BTreeMap<u64, (char, u8)>;
+    /// Runs as they came: kind, address, length.
+    type Runs = Vec<(char, u64, u64)>;
+
+    fn read(source: &Source, ranges: &RangeSet) -> (Pages, Runs, ReadStats) {
         let (mut pages, mut runs) = (BTreeMap::new(), Vec::new());
         let stats = Reader::new()
             .read(source, ranges, &mut |chunk| {
@@ -473,7 +474,7 @@ mod tests {
         assert_eq!(pages.len(), 1334);
         assert!(pages.iter().all(|(at, page)| {
             let n = ((at - area.page(0)) / PAGE as u64) as usize;
-            n % 3 == 0 && *page == ('d', n as u8 | 1)
+            n.is_multiple_of(3) && *page == ('d', n as u8 | 1)
         }));
         assert_eq!((stats.zero, stats.gone), (0, 0));
     }

@@ -273,7 +273,8 @@ impl TlsIo {
     }
 
     fn wait_for_room(&mut self) -> io::Result<()> {
-        let hold = self.end - self.start < HELD && !self.eof;
+        let held = self.end - self.start + self.plain.len() - self.plain_at;
+        let hold = held < HELD && !self.eof;
         let reading = if hold { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds = [PollFd::new(self.tcp.as_fd(), PollFlags::POLLOUT | reading)];
         match poll(&mut fds, PollTimeout::try_from(self.silence).unwrap_or(PollTimeout::MAX)) {
