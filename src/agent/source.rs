@@ -413,7 +413,17 @@ async fn follow_undecided(
             let choice = if fate == Fate::Lost { OnPostCopyFailure::Kill } else { OnPostCopyFailure::Thaw };
             let advice = Loss { choice, ..Loss::default() }.advice().into();
             let failure = Failure { message, advice, ..Failure::default() };
-            Err(lost_after(failure, choice, agent, peer, id))
+            let mut error = lost_after(failure, choice, agent, peer, id);
+            if fate == Fate::Lost {
+                // that node answered: what can be started anew is there, as after any move
+                let notes = clean_up(&undecided.containerd, &undecided.record, true, false).await;
+                for note in notes {
+                    log::warn!("{id}: {note}");
+                }
+                error.state =
+                    format!("{id} is lost: killed on both nodes; its record and its files are on {peer}");
+            }
+            Err(error)
         }
         Fate::Unknown => {
             Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
