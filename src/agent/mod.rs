@@ -9,6 +9,7 @@
 //! | [`peer`] | dialling another agent |
 //! | [`examine`] | what there is to know of a container before it is moved |
 //! | [`source`] | `migrate`: this node gives a container away |
+//! | [`setback`] | what its operator is told when that fails |
 //! | [`destination`] | this node takes a container |
 //! | [`filling`] | one that runs here while memory of it is still on the source |
 //! | [`placement`] | making a container here step by step |
@@ -58,6 +59,7 @@ pub mod preflight;
 pub mod ps;
 pub mod reporter;
 pub mod server;
+pub mod setback;
 pub mod source;
 pub mod spec;
 

@@ -219,7 +219,7 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
                 Undecided { containerd: containerd.clone(), record, migration: migration_id, to: address };
             let agent = agent.clone();
             tokio::spawn(async move {
-                if undecided.pursue(&agent).await == Fate::Runs {
+                if matches!(undecided.pursue(&agent).await, Fate::Runs | Fate::Lost) {
                     super::source::clean_up(&undecided.containerd, &undecided.record, true, false).await;
                 }
             });

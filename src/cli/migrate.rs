@@ -39,15 +39,15 @@ pub struct Migrate {
     /// Largest open-but-deleted file that is carried along, in bytes [default: the agent's]
     #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
     pub ghost_limit: u64,
-    /// How memory moves.
-    #[command(flatten)]
-    pub tuning: Options,
     /// Draw the move's timeline into FILE.svg or FILE.html
     #[arg(long, value_name = "FILE")]
     pub report: Option<Picture>,
     /// When it does not run, move it cold without asking
     #[arg(short, long)]
     pub yes: bool,
+    /// How memory moves.
+    #[command(flatten)]
+    pub tuning: Options,
 }
 
 impl Migrate {

@@ -132,10 +132,10 @@ fn headlines(report: &Report) -> Vec<String> {
         format!("frozen {}", units::ms(report.freeze_ms)),
         format!("in all {}", units::ms(report.total_ms)),
         format!("{} sent", units::bytes(report.bytes_sent)),
-        format!("{} processes", report.processes),
+        counted(report.processes, "process", "processes"),
     ];
     if let Some(rate) = report.dirty_rate() {
-        first.push(format!("{} rounds", report.rounds.len()));
+        first.push(counted(report.rounds.len(), "round", "rounds"));
         first.push(format!("it wrote {}/s", units::bytes(rate)));
     }
     let named = [("", &report.mode), ("tracker ", &report.tracker), ("compression ", &report.compression)];
@@ -155,6 +155,10 @@ fn headlines(report: &Report) -> Vec<String> {
         second.push(format!("page store up to {}", units::bytes(report.store_peak_bytes)));
     }
     [first, second].iter().filter(|l| !l.is_empty()).map(|l| l.join("  ·  ")).collect()
+}
+
+fn counted(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
 }
 
 fn legend(xml: &mut Xml, y: f64) {

@@ -3,7 +3,7 @@
 /// Width of the picture.
 pub const WIDTH: f64 = 1200.0;
 /// Where the lanes begin: what is left of it are their names.
-pub const LEFT: f64 = 132.0;
+pub const LEFT: f64 = 160.0;
 /// Where they end.
 pub const RIGHT: f64 = WIDTH - 28.0;
 /// Height of a bar.
