@@ -74,12 +74,9 @@ fn cell(
     system: &mut dyn System,
     dir: &Path,
 ) -> Result<cell::Figures, String> {
-    if available_mb() < workload.needs_mb {
-        return Err(format!(
-            "not run: it needs {} MB of memory, the machine has {} MB available",
-            workload.needs_mb,
-            available_mb()
-        ));
+    let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
+    if has < needs {
+        return Err(format!("not run: it needs {needs} MB of memory, the machine has {has} MB available"));
     }
     if bed.is_none() {
         *bed = Some(Bed::up(nodes, images)?);

@@ -1,5 +1,7 @@
 //! What moves a container: transship and its peers, behind one trait.
 
+mod peer;
+pub mod podman;
 pub mod runc;
 pub mod transship;
 
@@ -26,6 +28,10 @@ pub trait System {
     fn name(&self) -> &'static str;
     /// One sentence for the report.
     fn about(&self) -> &'static str;
+    /// How much memory it takes of what the workload says, when it is more.
+    fn memory_percent(&self) -> u64 {
+        100
+    }
     /// Runs the workload on node a, in a pod of its own.
     fn start(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String>;
     /// What is ready before a move is asked for and not measured (a daemon that waits, the peer's pod).
@@ -45,5 +51,6 @@ pub fn all() -> Vec<Box<dyn System>> {
         Box::new(runc::Runc::new(runc::Way::Copy)),
         Box::new(runc::Runc::new(runc::Way::PageServer)),
         Box::new(runc::Runc::new(runc::Way::Lazy)),
+        Box::new(podman::Podman::default()),
     ]
 }

@@ -2,19 +2,15 @@
 //! own post-copy (lazy-pages). By hand, in the order and with the care of somebody who knows them well: images on tmpfs, a plain TCP
 //! copy, the destination's pod and root file system made beforehand, the source's network removed while the copy runs.
 //!
-//! An established connection needs a gate: until CRIU has put its own lock around the restored sockets, a packet for them would be
-//! answered by a reset. The destination's pod is therefore made apart, and joined to the bridge by an action script at `post-restore`.
 //! The writable layer is not copied (the workloads write no files), nor is anything encrypted: favours to the peers.
 
 use serde_json::{Value, json};
 
+use super::peer::{self, CONF, DIR, done, ms, spawn, time, write};
 use super::{ID, Move, System};
 use crate::bed::{Bed, Helper, address};
 use crate::workload::{IP, MAC, Workload};
 
-/// Where bundle, root file system and images lie, in each node's own /run (a tmpfs).
-const DIR: &str = "/run/bench";
-const COPY_PORT: u16 = 7100;
 const PAGE_PORT: u16 = 7200;
 
 /// How memory goes.
@@ -59,42 +55,10 @@ impl Runc {
     }
 }
 
-/// The host's end of the pod's link, as `hack/nodes pod` names it.
-fn veth(bed: &mut Bed) -> Result<String, String> {
-    Ok(format!("veth{}", bed.b.sh(&format!("printf %s {ID} | sha256sum | head -c 8"))?.trim()))
-}
-
-fn write(node: &mut Helper, path: &str, content: &str) -> Result<(), String> {
-    node.ask(json!({"do": "write", "path": path, "content": content})).map(drop)
-}
-
-fn spawn(node: &mut Helper, script: &str) -> Result<u64, String> {
-    let answer = node.ask(json!({"do": "spawn", "command": ["sh", "-c", script]}))?;
-    answer["id"].as_u64().ok_or_else(|| "no id".into())
-}
-
-/// Waits for a background command, which must succeed.
-fn done(node: &mut Helper, id: u64, limit_s: u64) -> Result<Value, String> {
-    let answer = node.ask(json!({"do": "wait", "id": id, "limit_s": limit_s}))?;
-    if answer["code"] == 0 {
-        Ok(answer)
-    } else {
-        Err(answer["output"].as_str().unwrap_or_default().to_owned())
-    }
-}
-
 /// The errors of CRIU's logs, for those who ask why it failed.
 fn errors(node: &mut Helper) -> String {
     let script = format!("cd {DIR} && grep -hE 'Error|BUG' */*.log *.log 2>/dev/null | tail -n 8; true");
     node.sh(&script).unwrap_or_default().trim().to_owned()
-}
-
-fn time(answer: &Value, name: &str) -> f64 {
-    answer[name].as_f64().unwrap_or_default()
-}
-
-fn ms(begin: f64, end: f64) -> f64 {
-    ((end - begin) * 1e4).round() / 10.0
 }
 
 impl Runc {
@@ -109,7 +73,7 @@ impl Runc {
         let mut spec: Value = serde_json::from_str(&spec).map_err(|e| format!("the spec: {e}"))?;
         spec["root"]["path"] = json!(format!("{DIR}/rootfs"));
         if workload.redis_mb > 0 {
-            spec["annotations"]["org.criu.config"] = json!(format!("{DIR}/criu.conf"));
+            spec["annotations"]["org.criu.config"] = json!(CONF);
         }
         let spec = spec.to_string();
         for node in [&mut bed.a, &mut bed.b] {
@@ -145,7 +109,7 @@ impl System for Runc {
         bed.nodes(&["pod", "a", ID, IP, MAC])?;
         self.bundle(bed, workload)?;
         if workload.redis_mb > 0 {
-            write(&mut bed.a, &format!("{DIR}/criu.conf"), "tcp-established\n")?;
+            write(&mut bed.a, CONF, "tcp-established\n")?;
         }
         // the container's output must be /dev/null, not a file of ours, which the destination does not have
         bed.a
@@ -156,25 +120,7 @@ impl System for Runc {
     }
 
     fn prepare(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String> {
-        // as `hack/nodes pod`, but not on the bridge: its first packet would draw the source's traffic here
-        let veth = veth(bed)?;
-        bed.b.sh(&format!(
-            "ip netns add {ID}; ip -n {ID} link set lo up
-             ip link add {veth} type veth peer name eth0 netns {ID} address {MAC}; ip link set {veth} up
-             ip -n {ID} addr add {IP}/16 dev eth0; ip -n {ID} link set eth0 up; ip -n {ID} route add default via 10.77.0.254"
-        ))?;
-        let gate = format!("ip link set {veth} master cni0");
-        if workload.redis_mb > 0 {
-            let script = format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ] || {gate}\n");
-            write(&mut bed.b, &format!("{DIR}/gate"), &script)?;
-            bed.b.sh(&format!("chmod +x {DIR}/gate"))?;
-            let conf = format!("tcp-established\naction-script {DIR}/gate\n");
-            write(&mut bed.b, &format!("{DIR}/criu.conf"), &conf)?;
-            self.gate = None;
-        } else {
-            // nobody waits for it: after the restore will do, and spares the peer the script
-            self.gate = Some(gate);
-        }
+        self.gate = peer::pod_apart(bed, workload.redis_mb > 0)?;
         if self.way == Way::Lazy {
             // CRIU wants pipes larger than an unprivileged user gets; put back by clean()
             self.pipes = Pipes::raise();
@@ -214,14 +160,6 @@ impl System for Runc {
 }
 
 impl Runc {
-    fn copy(&self, bed: &mut Bed) -> Result<Value, String> {
-        let (images, b) = (format!("{DIR}/images"), format!("{}:{COPY_PORT}", address("b")));
-        bed.b.ask(json!({"do": "receive", "dir": images, "address": b}))?;
-        let sent = bed.a.ask(json!({"do": "send", "dir": images, "to": b}))?;
-        bed.b.ask(json!({"do": "received"}))?;
-        Ok(sent)
-    }
-
     fn restore(&self, bed: &mut Bed, more: &[&str]) -> Result<Value, String> {
         let (images, work) = (format!("{DIR}/images"), format!("{DIR}/work"));
         let mut line = vec!["runc", "restore", "-d", "--tcp-established", "--bundle", DIR];
@@ -243,7 +181,7 @@ impl Runc {
         let dump = bed.a.run(&line, 300)?;
         // beside the copy: nothing of the source may answer for the address any more
         let unpod = spawn(&mut bed.a, &format!("ip netns del {ID}"))?;
-        let copy = self.copy(bed)?;
+        let copy = peer::copy(bed)?;
         done(&mut bed.a, unpod, 30)?;
         if let Some(server) = self.daemon.take() {
             done(&mut bed.b, server, 30)?;
@@ -282,7 +220,7 @@ impl Runc {
             // rather its own words than ours
             Err(e) => return Err(done(&mut bed.a, dump, 1).err().unwrap_or(e)),
         };
-        let copy = self.copy(bed)?;
+        let copy = peer::copy(bed)?;
         let daemon = spawn(
             &mut bed.b,
             &format!(
