@@ -54,11 +54,15 @@ mod tests;
 use std::{process::ExitCode, sync::Arc};
 
 use anyhow::{Result, bail};
+use transship::{memory::daemon::keeper, migrate::filling::KEEPER};
 
 fn main() -> ExitCode {
     // the same executable is CRIU's gate during a restore: that has to be quick
     if let Some(code) = transship::criu::gate::main_if_invoked() {
         return code;
+    }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == KEEPER) {
+        return keeper::main();
     }
     server::save_memory();
     match run() {

@@ -23,7 +23,12 @@ use super::{
 use crate::{
     containerd::{Namespace, record::Record},
     control::{self, SendRequest},
-    migrate::{fault, protocol::Failure},
+    migrate::{
+        fault,
+        loss::{self, Loss},
+        protocol::Failure,
+        tuning::OnPostCopyFailure,
+    },
 };
 
 /// How long the killed task of a container that has left may take to end.
@@ -270,6 +275,7 @@ async fn send(
             peer: peer.clone(),
             address: request.to.clone(),
             tls: agent.config.pki().material()?,
+            tuning: agent.config.migration.tuning(&request.tuning),
             limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
         };
         let id = &subject.record.id;
@@ -312,7 +318,13 @@ async fn send(
                 "clean up" => reporter.phase("running"),
                 other => reporter.phase(other),
             },
-            Some(control::Event::Progress { bytes }) => reporter.progress("memory", bytes, None),
+            Some(control::Event::Progress { bytes, total }) => reporter.progress("memory", bytes, total),
+            Some(control::Event::Round { n, total }) => reporter.round(n, total),
+            Some(control::Event::RoundDone { round }) => reporter.say(Event::RoundDone { round }),
+            Some(control::Event::PostCopy { bytes, total }) => {
+                reporter.phase("post-copy");
+                reporter.progress("following", bytes, Some(total));
+            }
             Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
             Some(control::Event::Undecided { message }) => {
                 let undecided = Undecided {
@@ -331,6 +343,11 @@ async fn send(
                 report.warnings.extend(measured.warnings.iter().cloned());
                 report.shim = serde_json::to_value(&measured).ok();
                 return Ok(early);
+            }
+            // a shim that is to thaw says that it is undecided: the copy there must be dead first
+            Some(control::Event::Failed { failure, .. }) if failure.phase == loss::PHASE => {
+                let id = &subject.record.id;
+                return Err(lost_after(failure, OnPostCopyFailure::Kill, agent, &peer, id));
             }
             Some(control::Event::Failed { failure, state }) => {
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
@@ -362,13 +379,15 @@ async fn follow_undecided(
     reporter: &mut Reporter,
 ) -> Outcome<()> {
     let id = &undecided.record.id;
+    let why = message.clone();
     let fate = match undecided.ask_soon(agent, silence).await {
         Some(fate) => fate,
         None => {
             // the operator hears of it now; the asking goes on
             let mut error = ErrorReport::new(ExitCode::Undecided, message);
             error.node.clone_from(&agent.node);
-            error.phase = "commit".into();
+            let after = reporter.phase_name() == loss::PHASE;
+            error.phase = if after { loss::PHASE.into() } else { "commit".into() };
             error.state =
                 format!("{id} is frozen on {} until it is known whether it runs on {peer}", agent.node);
             error.advice = format!(
@@ -388,11 +407,41 @@ async fn follow_undecided(
             error.state = format!("{id} runs on {} as before; nothing was left on {peer}", agent.node);
             Err(error)
         }
+        Fate::Lost | Fate::GivenBack => {
+            let message =
+                format!("memory of {id} that had not reached {peer} was lost after the commit: {why}");
+            let choice = if fate == Fate::Lost { OnPostCopyFailure::Kill } else { OnPostCopyFailure::Thaw };
+            let advice = Loss { choice, ..Loss::default() }.advice().into();
+            let failure = Failure { message, advice, ..Failure::default() };
+            Err(lost_after(failure, choice, agent, peer, id))
+        }
         Fate::Unknown => {
             Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
                 .state("as the operator decided"))
         }
     }
+}
+
+/// Memory was lost after the container ran on the destination, and what was chosen for that was done.
+fn lost_after(
+    failure: Failure,
+    choice: OnPostCopyFailure,
+    agent: &Agent,
+    peer: &str,
+    id: &str,
+) -> ErrorReport {
+    let mut error = ErrorReport::new(ExitCode::Lost, failure.message).advice(failure.advice);
+    error.node = if failure.node.is_empty() { agent.node.clone() } else { failure.node };
+    error.phase = loss::PHASE.into();
+    error.state = match choice {
+        OnPostCopyFailure::Kill => {
+            format!("{id} is lost: its copy on {} was killed, and {peer} cannot go on without it", agent.node)
+        }
+        OnPostCopyFailure::Thaw => {
+            format!("{id} runs on {} from the moment of its freeze; it was killed on {peer}", agent.node)
+        }
+    };
+    error
 }
 
 /// The shim gave up before the commit; waits for the destination to have undone its part, to be able to say so.

@@ -44,11 +44,17 @@ pub(super) struct Hello {
 }
 
 /// The shim's answer.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub(super) struct Go {
     pub go: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<PathBuf>,
+    /// Directory to put first in CRIU's PATH.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_first: Option<PathBuf>,
+    /// Restore without transparent huge pages.
+    #[serde(default)]
+    pub small_pages: bool,
 }
 
 /// Runs as a gate if that is what this process was started as; `None` for every other start. To be called first thing in main.
@@ -103,7 +109,7 @@ fn criu(dir: &Path) -> Result<ExitCode> {
     let real = std::fs::read(dir.join(REAL_CRIU)).context("reading which CRIU to run")?;
     let mut command = Command::new(OsStr::from_bytes(&real));
     command.arg0(CRIU).args(std::env::args_os().skip(1));
-    command.env("PATH", without(dir, std::env::var_os("PATH").unwrap_or_default()));
+    let mut path = without(dir, std::env::var_os("PATH").unwrap_or_default());
     if is_restore()? {
         if refused_already(dir) {
             return Ok(ExitCode::FAILURE);
@@ -116,8 +122,23 @@ fn criu(dir: &Path) -> Result<ExitCode> {
             let fd = std::fs::File::open(&netns).with_context(|| format!("opening {}", netns.display()))?;
             setns(fd, CloneFlags::CLONE_NEWNET).with_context(|| format!("entering {}", netns.display()))?;
         }
+        if let Some(first) = answer.path_first {
+            path = super::swrk::prepend_path(&first, Some(&path));
+        }
+        if answer.small_pages {
+            small_pages()?;
+        }
     }
+    command.env("PATH", path);
     Err(command.exec()).with_context(|| format!("running {}", OsStr::from_bytes(&real).display()))
+}
+
+/// Inherited by CRIU and by the tasks that it makes; its restorer gives each task back what the task had.
+fn small_pages() -> Result<()> {
+    // SAFETY: PR_SET_THP_DISABLE takes numbers.
+    let done = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    ensure!(done == 0, "switching transparent huge pages off: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// Looks at the request without taking it. A RESTORE begins with field 1 (type), value 2; VERSION and FEATURE_CHECK with others.

@@ -24,10 +24,14 @@
 //! has not created itself.
 
 pub mod apply;
+mod blocks;
 pub mod capture;
 pub mod diff;
 pub mod entry;
 pub mod layer;
+mod read;
+pub mod staged;
+pub mod stamp;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
@@ -35,14 +39,17 @@ pub mod testing;
 mod tests;
 pub mod times;
 pub mod wire;
+pub mod writers;
 pub mod xattr;
 
-pub use apply::Apply;
+pub use apply::{Apply, NeedsUnmount};
 pub use capture::{CaptureOptions, capture};
 pub use diff::{CompareOptions, Difference, compare};
 pub use entry::{Entry, Kind, Meta, Time, Totals, Xattr};
 pub use layer::{LayerKind, MountSpec, WritableLayer};
+pub use staged::Staged;
 pub use times::KeptTimes;
+pub use writers::Writers;
 pub use xattr::OverlayXattrs;
 
 use anyhow::Result;
@@ -55,6 +62,16 @@ pub trait Sink {
     /// Takes bytes at `offset` of the regular file whose entry was sent last. Offsets ascend; what is never sent is a
     /// hole and reads as zeros.
     fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
+}
+
+impl<S: Sink + ?Sized> Sink for &mut S {
+    fn entry(&mut self, entry: &Entry) -> Result<()> {
+        (**self).entry(entry)
+    }
+
+    fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        (**self).data(offset, bytes)
+    }
 }
 
 /// What was captured or applied.
@@ -88,16 +105,28 @@ pub struct Stats {
     pub flags_dropped: u64,
     /// Files and names that changed while they were read. Always 0 for frozen tasks.
     pub changed: u64,
+    /// Later rounds: names that disappeared, with all that was below them.
+    pub removed: u64,
+    /// Later rounds: files of which only what changed was sent.
+    pub patched: u64,
+    /// The source's side: entries that were looked at, sent or not.
+    pub looked: u64,
+    /// The source's side: bytes of file content that were read to see whether they changed, those sent included.
+    pub bytes_read: u64,
+    /// The destination's side: the changes could not be made below the mounted overlay, it was unmounted for them.
+    pub unmounted: bool,
 }
 
 impl Stats {
     /// Counts one entry.
     pub(crate) fn count(&mut self, entry: &Entry) {
         let Entry::Node { kind, meta, .. } = entry else {
-            if matches!(entry, Entry::Link { .. }) {
-                self.entries += 1;
-                self.links += 1;
+            match entry {
+                Entry::Link { .. } => self.links += 1,
+                Entry::Remove { .. } => self.removed += 1,
+                _ => return,
             }
+            self.entries += 1;
             return;
         };
         self.entries += 1;
@@ -108,6 +137,7 @@ impl Stats {
                 self.opaque += u64::from(meta.xattrs.iter().any(|x| xattr::is_opaque(&x.name, &x.value)));
             }
             Kind::File { .. } => self.files += 1,
+            Kind::Patch { .. } => self.patched += 1,
             Kind::Symlink { .. } => self.symlinks += 1,
             Kind::Whiteout => self.whiteouts += 1,
             Kind::Fifo | Kind::Socket | Kind::CharDevice { .. } | Kind::BlockDevice { .. } => {

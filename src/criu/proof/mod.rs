@@ -7,16 +7,21 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
+mod live;
+mod memory;
+
+use super::gate_server::Opening;
 use super::gate_server::{self, CRIU_CONF_ANNOTATION, GateServer, Wait};
 use super::options::{Facts, Limits, dump_options};
-use super::{Criu, DumpRequest, PageStore, images, stdio};
+use super::plan::{EagerPolicy, Plan, Planner};
+use super::{Criu, DumpRequest, MemoryMode, PageStore, Worker, images, stdio};
 use crate::cgroup::Freezer;
 
 const RUNCS: [&str; 2] = ["/opt/testbed/p13/bin/runc", "/opt/testbed/pforky/bin/runc"];
@@ -153,6 +158,23 @@ struct Bed {
     twin: Option<Client>,
 }
 
+/// How memory travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// With its bytes through CRIU.
+    Full,
+    /// CRIU's list; all of it in the images.
+    Eager,
+    /// CRIU's list; what can be lazy is.
+    Lazy,
+}
+
+/// What waits for a dump's events.
+enum Sink {
+    Store(PageStore),
+    Planner(Planner, live::Holes),
+}
+
 struct Container {
     id: String,
     netns: String,
@@ -283,7 +305,14 @@ impl Bed {
     }
 
     /// Moves a container; `refuse` says no at the second gate.
-    fn move_to(&self, from: &Container, id: &str, netns: &str, refuse: bool) -> Result<Option<Container>> {
+    fn move_to(
+        &self,
+        from: &Container,
+        id: &str,
+        netns: &str,
+        memory: Memory,
+        refuse: bool,
+    ) -> Result<Option<Container>> {
         let spec = oci_spec::runtime::Spec::load(from.bundle.join("config.json"))?;
         self.netns(netns)?;
         let bundle = self.bundle(id, netns)?;
@@ -310,16 +339,25 @@ impl Bed {
 
         // Source.
         let freezer = Freezer::of_pid(from.pid)?;
+        let mode = if memory == Memory::Full { MemoryMode::Full } else { MemoryMode::Parent };
+        let ready = self.criu.prepare_dump(&Worker { memory: mode, ..Worker::default() })?;
         let frozen_at = Instant::now();
         ensure!(!freezer.freeze(SOON)?, "was frozen before");
         let froze = frozen_at.elapsed();
         self.link(&from.netns, "down")?;
         let facts = Facts::gather(&spec, from.pid, &from.bundle.join("rootfs"), freezer.path())?;
         let opts = dump_options(&spec, &facts, &Limits::default())?;
-        let store = Mutex::new(PageStore::new(&images_in, 1 << 30));
+        let eager_max = if memory == Memory::Eager { u64::MAX } else { 0 };
+        let mut sink = match memory {
+            Memory::Full => Sink::Store(PageStore::new(&images_in, 1 << 30)),
+            _ => Sink::Planner(
+                Planner::new(&images_in, EagerPolicy { eager_max, hot_max: 1 << 20 }),
+                live::Holes::default(),
+            ),
+        };
         let mut post_dump = false;
         let dumping = Instant::now();
-        let stats = self.criu.dump(
+        let stats = ready.dump(
             &mut DumpRequest {
                 opts,
                 images_dir: &images_out,
@@ -329,14 +367,17 @@ impl Bed {
                     post_dump = true;
                     Ok(())
                 }),
-                netns: None,
-                path_first: None,
             },
-            &mut |event| store.lock().expect("one thread").event(event),
+            &mut |event| match &mut sink {
+                Sink::Store(store) => store.event(event),
+                Sink::Planner(planner, holes) => {
+                    holes.event(&event);
+                    planner.event(event)
+                }
+            },
         )?;
         let dumped = dumping.elapsed();
-        let bytes = store.into_inner().expect("one thread").finish()?;
-        ensure!(post_dump && bytes == stats.page_bytes && bytes > 16 << 20, "{bytes} bytes of pages");
+        ensure!(post_dump, "no post-dump");
         ensure!(freezer.is_frozen()?, "the source is not frozen after the dump");
         for entry in fs::read_dir(&images_out)? {
             let name = entry?.file_name().into_string().expect("plain names");
@@ -348,8 +389,20 @@ impl Bed {
         }
 
         // Destination.
+        let (bytes, plan, pages) = match sink {
+            Sink::Store(store) => (store.finish()?, Plan::default(), None),
+            Sink::Planner(planner, holes) => {
+                let store = holes.read(&freezer)?;
+                let plan = planner.finish(&store, &[], &[])?;
+                ensure!(plan.is_eager() == (memory == Memory::Eager), "{plan:?}");
+                let pages =
+                    if plan.is_eager() { None } else { Some(live::Pages::serve(&work, store, &plan)?) };
+                (plan.eager_bytes + plan.lazy_bytes, plan, pages)
+            }
+        };
+        ensure!(bytes > 16 << 20 && (memory != Memory::Full || bytes == stats.page_bytes), "{bytes} bytes");
         let opened = Instant::now();
-        gates.open_restore()?;
+        gates.open_restore_with(&Opening { lazy_pages: pages.is_some(), ..Opening::default() })?;
         gates.wait_restored(&wait())?;
         let restored = opened.elapsed();
         ensure!(self.output.stands_still(), "tasks ran while held");
@@ -361,6 +414,10 @@ impl Bed {
             ensure!(!finish(runc)?.0, "a refused restore succeeded");
             println!("refused: runc ended {:?} after", opened.elapsed());
             ensure!(self.runc(&["state", id]).is_err(), "a container is left");
+            if let Some(pages) = pages {
+                pages.abort();
+            }
+            fs::remove_dir_all(&bundle)?;
             freezer.thaw()?;
             self.link(&from.netns, "up")?;
             self.drop_netns(netns)?;
@@ -373,11 +430,19 @@ impl Bed {
         self.link(netns, "up")?;
         let (ok, said) = finish(runc)?;
         ensure!(ok, "runc restore: {said}");
+        let served = match pages {
+            Some(pages) => {
+                pages.running();
+                format!("{:?}", pages.finish()?)
+            }
+            None => String::new(),
+        };
         println!(
-            "moved {} -> {id}: {} KiB of pages | prepared {prepared:.1?} | freeze {froze:.1?} | dump {dumped:.1?} (spawn {:.1?}, sink {:.1?}) | \
-             restore to gate {restored:.1?} | kill source {killed:.1?} | go to runc's end {:.1?}",
+            "moved {} -> {id} ({memory:?}): {} KiB of pages, {} lazy | prepared {prepared:.1?} | freeze {froze:.1?} | dump {dumped:.1?} (spawn {:.1?}, sink {:.1?}) | \
+             restore to gate {restored:.1?} | kill source {killed:.1?} | go to runc's end {:.1?} | {served}",
             from.id,
             bytes >> 10,
+            plan.lazy_bytes >> 10,
             stats.spawn,
             stats.in_sink,
             opened.elapsed()
@@ -403,8 +468,6 @@ impl Bed {
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
-                netns: None,
-                path_first: None,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {
@@ -453,14 +516,20 @@ impl Bed {
         let first = self.start("m0", "n0", &self.output.clone())?;
         let mut client = self.connect(&first)?;
         self.ask(&mut client, 50)?;
-        let second = self.move_to(&first, "m1", "n1", false)?.context("moved")?;
+        let second = self.move_to(&first, "m1", "n1", Memory::Full, false)?.context("moved")?;
         self.ask(&mut client, 50)?;
-        ensure!(self.move_to(&second, "m2", "n2", true)?.is_none(), "refused");
-        self.ask(&mut client, 50)?;
+        for memory in [Memory::Full, Memory::Lazy] {
+            ensure!(self.move_to(&second, "m2", "n2", memory, true)?.is_none(), "refused");
+            self.ask(&mut client, 50)?;
+        }
         ensure!(!self.output.stands_still(), "the container has stopped writing");
         self.failing_dumps(&second)?;
         self.ask(&mut client, 50)?;
-        let third = self.move_to(&second, "m3", "n3", false)?.context("moved")?;
+        let third = self.move_to(&second, "m3", "n3", Memory::Lazy, false)?.context("moved")?;
+        self.ask(&mut client, 50)?;
+        let fourth = self.move_to(&third, "m4", "n4", Memory::Eager, false)?.context("moved")?;
+        self.ask(&mut client, 50)?;
+        let third = self.move_to(&fourth, "m5", "n5", Memory::Lazy, false)?.context("moved")?;
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
         // runc goes on managing it.
@@ -475,7 +544,7 @@ impl Bed {
         self.runc(&["delete", &third.id])?;
         self.runc(&["delete", "--force", &twin.id])?;
         ensure!(self.runc(&["list", "-q"])?.is_empty(), "containers are left");
-        self.drop_netns("n3")?;
+        self.drop_netns("n5")?;
         self.drop_netns("t")?;
         sh("ip link del pc; ip netns del c; ip link del br0").map(drop)
     }

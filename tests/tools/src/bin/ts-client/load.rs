@@ -7,10 +7,13 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use transship_testtools::{signals, time};
+use transship_testtools::{latency::Latency, signals, time};
 
 use crate::connection::{Connection, Reply, command};
 use crate::journal::Journal;
+
+/// Requests are those "after" the longest gap for so long.
+const AFTER: Duration = Duration::from_secs(5);
 
 pub struct Options {
     pub key: String,
@@ -27,6 +30,10 @@ pub struct Found {
     pub counter: i64,
     pub longest: Duration,
     pub gaps: Vec<Value>,
+    /// How long replies took: all of them; those asked for in the 5 s after the longest gap; those before it.
+    pub all: Latency,
+    pub after: Latency,
+    pub before: Option<Value>,
     pub error: Option<String>,
 }
 
@@ -79,7 +86,7 @@ pub fn run(connection: &mut Connection, options: &Options, journal: &mut Journal
         }
         Ok(sent)
     };
-    let (mut last, mut tick) = (None::<Instant>, Instant::now());
+    let (mut last, mut tick, mut longest_end) = (None::<Instant>, Instant::now(), start);
     for n in 0u64.. {
         if signals::stops() > 0 || options.seconds.is_some_and(|s| start.elapsed().as_secs_f64() >= s) {
             break;
@@ -96,7 +103,14 @@ pub fn run(connection: &mut Connection, options: &Options, journal: &mut Journal
             journal.event(json!({"event": "running"}));
         }
         let gap = now - last.unwrap_or(now);
-        found.longest = found.longest.max(gap);
+        if gap > found.longest {
+            (found.longest, longest_end) = (gap, now);
+            found.after.clear();
+            found.before = Some(found.all.json());
+        } else if sent < longest_end + AFTER {
+            found.after.add(now - sent);
+        }
+        found.all.add(now - sent);
         if gap > options.gap {
             let entry = json!({
                 "at_s": (start.elapsed() - gap).as_secs_f64(), "realtime_end": time::realtime(),

@@ -72,6 +72,7 @@ fn run() -> Result<bool, String> {
         "replies": found.replies, "lost": found.lost, "wrong": found.wrong + data_wrong.unwrap_or(0),
         "counter": found.counter, "data_values": values, "data_wrong": data_wrong,
         "longest_gap_ms": time::ms(found.longest), "gaps": found.gaps, "start": start, "seconds": time::realtime() - start,
+        "latency": {"before": found.before, "after": found.after.json()},
     });
     journal.event(json!({"event": "end"}));
     println!("{report}");

@@ -1,0 +1,2 @@
+//! Figures, by hand: `cargo test --release -p transship --lib memory::tracker::tests::measure -- --ignored --nocapture`.
+
