@@ -7,9 +7,8 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 /// What the child does in a loop.
-pub const DEEDS: [&str; 11] = [
-    "random", "mmap", "remap", "mremap", "mprotect", "brk", "fork", "exec", "dontneed", "file", "shared",
-];
+pub const DEEDS: [&str; 11] =
+    ["random", "mmap", "remap", "mremap", "mprotect", "brk", "fork", "exec", "dontneed", "file", "shared"];
 pub const VARIABLE: &str = "TRANSSHIP_TRACKER_CHILD";
 const PAGE: usize = 4096;
 const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;

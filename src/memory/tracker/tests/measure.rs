@@ -1,2 +1,1 @@
 //! Figures, by hand: `cargo test --release -p transship --lib memory::tracker::tests::measure -- --ignored --nocapture`.
-

@@ -66,7 +66,8 @@ impl Family {
     pub fn stop(&self) {
         let mut quiet = 0;
         while quiet < 3 {
-            let running: Vec<_> = self.members().into_iter().filter(|m| !matches!(m.1, 'T' | 'Z' | 'X')).collect();
+            let running: Vec<_> =
+                self.members().into_iter().filter(|m| !matches!(m.1, 'T' | 'Z' | 'X')).collect();
             quiet = if running.is_empty() { quiet + 1 } else { 0 };
             for (pid, _) in running {
                 // SAFETY: a process of the session that we started.
