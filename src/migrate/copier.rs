@@ -29,7 +29,7 @@ pub(super) struct Copied {
     pub gone_bytes: u64,
 }
 
-/// Called with the bytes sent since the last call; an error ends the copying.
+/// Called with the bytes of memory sent since the last call; an error ends the copying.
 pub(super) type GoOn<'a> = dyn Fn(u64) -> Result<()> + 'a;
 
 /// Copies memory of running and of frozen tasks.
@@ -39,6 +39,7 @@ pub(super) struct Copier {
     compressor: Compressor,
     meter: Meter,
     limiter: Limiter,
+    hurry: bool,
     sent: HashMap<Space, RangeSet>,
     sources: HashMap<Space, Source>,
 }
@@ -57,6 +58,7 @@ impl Copier {
             meter: compressor.meter(),
             compressor,
             limiter: Limiter::new(tuning.bandwidth.unwrap_or(0)),
+            hurry: false,
             sent: HashMap::new(),
             sources: HashMap::new(),
         })
@@ -107,6 +109,11 @@ impl Copier {
         self.sent.get(&space).map_or_else(|| pages.clone(), |sent| pages.difference(sent))
     }
 
+    /// Somebody waits for what is sent now: the bandwidth limit does not hold.
+    pub fn hurry(&mut self, on: bool) {
+        self.hurry = on;
+    }
+
     /// Lifts what the tracker put on the tasks.
     pub fn stop(&mut self) {
         if let Err(e) = self.tracker.stop() {
@@ -133,7 +140,8 @@ impl Copier {
     ) -> Result<()> {
         let Copier { tracker, reader, compressor, meter, limiter, sent, .. } = self;
         let sent = sent.entry(space).or_default();
-        let compares = tracker.wants_sent();
+        let (compares, hurry) = (tracker.wants_sent(), self.hurry);
+        let mut told = copied.bytes + copied.zero_bytes;
         let mut builder = Builder::new(space, MAX_BATCH);
         let mut ship = |payload: Vec<u8>, builder: &mut Builder, copied: &mut Copied| -> Result<()> {
             let payload = compressor.pack(payload);
@@ -142,8 +150,12 @@ impl Copier {
             meter.sent(bytes, at.elapsed());
             builder.reuse(payload);
             copied.wire_bytes += bytes as u64;
-            wait(limiter.take(bytes as u64, Instant::now()), go_on)?;
-            go_on(bytes as u64)
+            if !hurry {
+                wait(limiter.take(bytes as u64, Instant::now()), go_on)?;
+            }
+            let done = copied.bytes + copied.zero_bytes - told;
+            told += done;
+            go_on(done)
         };
         reader.read(source, pages, &mut |chunk| {
             match &chunk {

@@ -74,6 +74,7 @@ pub(super) fn freeze(
     items.add("fence", entering.freeze_ms, entering.fence_ms);
     items.add("quiesce", entering.freeze_ms + entering.fence_ms, entering.quiesce_ms);
 
+    copier.hurry(true);
     phase("final scan");
     let at = items.now();
     let mut found = match post_copy && rounds.is_empty() {

@@ -3,16 +3,17 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 
 use super::capture::Context;
 use super::codec::Kind;
 use super::copier::Copier;
 use super::live::Left;
-use super::protocol::{Failure, Filled, Restored};
-use super::report::millis;
+use super::protocol::{Failure, Filled};
+use super::report::{PostCopy, Sample, millis};
 use crate::control::Event;
 use crate::criu::ImageKind;
 use crate::memory::sets::decode_want;
@@ -22,9 +23,14 @@ use crate::memory::{RangeSet, Space};
 /// Bytes of one background step: what a fault's answer may have to wait for.
 const STEP: u64 = 256 << 10;
 
+/// Between two samples of its course.
+const SAMPLE: Duration = Duration::from_millis(20);
+
 /// What the post-copy came to.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Served {
+    /// How it went on, for the picture.
+    pub course: PostCopy,
     /// Bytes of memory.
     pub bytes: u64,
     /// Requests of the destination.
@@ -45,19 +51,30 @@ pub(super) fn serve(
     let mut wants = VecDeque::new();
     let total: u64 = left.values().map(RangeSet::bytes).sum();
     let mut shown = 0;
+    let mut sampled = Instant::now();
     cx.link.wire().low_latency(true);
     while !left.is_empty() || !wants.is_empty() {
         take_wants(cx, &mut wants)?;
         served.bytes += match wants.pop_front() {
             Some((space, range)) => {
                 served.wanted += 1;
+                copier.hurry(true);
                 answer(cx, copier, tasks, left, space, range)?
             }
             None => {
                 let (space, pages) = next(left);
+                copier.hurry(false);
                 send_left(cx, copier, tasks, left, space, &pages)?
             }
         };
+        if sampled.elapsed() > SAMPLE {
+            sampled = Instant::now();
+            served.course.sample(Sample {
+                at_ms: millis(begun.elapsed()),
+                left_bytes: total - served.bytes,
+                faults: served.wanted,
+            });
+        }
         if served.bytes - shown > 8 << 20 {
             shown = served.bytes;
             (cx.events)(Event::PostCopy { bytes: served.bytes, total });
@@ -69,20 +86,21 @@ pub(super) fn serve(
     Ok(served)
 }
 
-/// Waits for the destination's restore. Pages that are still here and that somebody there needs before are sent meanwhile:
-/// `want` gets what is asked for.
-pub(super) fn restored(
+/// Waits for this message. Pages that are still here and that somebody there needs before are sent meanwhile: `want` gets what
+/// is asked for.
+pub(super) fn expect<M: DeserializeOwned>(
     cx: &Context<'_>,
+    due: Kind,
     want: &mut dyn FnMut(Space, Range<u64>) -> Result<()>,
-) -> Result<Restored> {
+) -> Result<M> {
     loop {
         let asked = {
             let mut wire = cx.link.wire();
             match wire.recv()? {
-                Kind::Restored => return wire.message(),
+                kind if kind == due => return wire.message(),
                 Kind::MemoryWant => decode_want(wire.payload())?,
                 Kind::Failed => return Err(wire.message::<Failure>()?.into()),
-                kind => bail!("the peer sent {kind:?} where Restored was due"),
+                kind => bail!("the peer sent {kind:?} where {due:?} was due"),
             }
         };
         want(asked.0, asked.1)?;

@@ -55,8 +55,7 @@ pub(super) fn run(
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
     let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
-    let started = Instant::now();
-    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), started };
+    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new() };
     let mut decision = converge::decide(&[], &budget, None);
     let mut found = Vec::new();
     if decision == Decision::Another {
@@ -113,7 +112,6 @@ struct Rounds<'a> {
     layers: &'a mut Layers,
     all: Vec<Round>,
     stats: Vec<RoundStats>,
-    started: Instant,
 }
 
 impl Rounds<'_> {
@@ -159,7 +157,7 @@ impl Rounds<'_> {
         self.stats.push(stats);
         let round = Round {
             n,
-            start_ms: millis(begun - self.started),
+            start_ms: clock.now_ms() - millis(took),
             ms: millis(took),
             pages: (copied.bytes + copied.zero_bytes) / page,
             bytes: copied.bytes,

@@ -327,6 +327,11 @@ impl Clock {
         self.open.as_ref().map(|o| o.0.as_str()).or(last).unwrap_or("start")
     }
 
+    /// Milliseconds since the start.
+    pub fn now_ms(&self) -> f64 {
+        millis(self.start.elapsed())
+    }
+
     /// All phases that ended, and milliseconds since the start.
     pub fn done(&mut self) -> (Vec<Phase>, f64) {
         self.end();

@@ -29,11 +29,13 @@ use super::loss::Loss;
 use super::postcopy;
 use super::precopy;
 use super::prepared::Prepared;
-use super::protocol::{Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Running, VERSION, Welcome};
+use super::protocol::{
+    Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
+};
 use super::report::{Clock, PostCopy, Report, Side, millis};
 pub use super::still::Still;
 use super::tuning::{OnPostCopyFailure, Tuning};
-use super::wire::{FrameSink, Wire};
+use super::wire::Wire;
 use crate::control::{Event, Limits};
 use crate::criu::MemoryMode;
 use crate::memory::{RangeSet, Space, tracker};
@@ -64,7 +66,7 @@ pub trait SourceTask: Send {
 /// How a migration ended on the source, when the container does not run here any more.
 pub enum Outcome {
     /// The container runs on the destination, nothing of it is left here but its records.
-    Moved(Report),
+    Moved(Box<Report>),
     /// The commit was sent and its answer lost, or pages were lost in the post-copy and the operator chose to thaw: the
     /// tasks are frozen until [`Still::resolve`].
     Undecided(Still, String),
@@ -122,13 +124,20 @@ fn try_send(cx: &Context<'_>, ticket: &str, task: Box<dyn SourceTask>, clock: &m
         ticket: ticket.to_owned(),
     };
     cx.link.json(Kind::Hello, &hello)?;
+    let greeted_ms = clock.now_ms();
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     let live = welcome.version >= LIVE && prepared.criu.memory_modes().best == MemoryMode::Parent;
     let manifest = Manifest { live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
-    if live { send_live(cx, task, prepared, clock) } else { send_whole(cx, task, prepared, clock) }
+    let mut outcome =
+        if live { send_live(cx, task, prepared, clock)? } else { send_whole(cx, task, prepared, clock)? };
+    if let Outcome::Moved(report) = &mut outcome {
+        // its clock starts with the connection
+        report.destination_offset_ms = greeted_ms;
+    }
+    Ok(outcome)
 }
 
 /// One copy of everything while the tasks are frozen.
@@ -147,7 +156,7 @@ fn send_whole(
                 report.warnings.push(format!("{e:#}"));
             }
             cx.link.wire().close().ok();
-            Ok(Outcome::Moved(done(cx, report, clock)))
+            Ok(Outcome::Moved(Box::new(done(cx, report, clock))))
         }
     }
 }
@@ -189,7 +198,7 @@ fn send_live(
                     bytes: served.bytes,
                     pages: served.bytes / crate::criu::page_server::page_size() as u64,
                     ms: served.ms,
-                    ..PostCopy::default()
+                    ..served.course
                 });
                 note_fill(&mut report, &filled);
             }
@@ -215,7 +224,7 @@ fn send_live(
     }
     copier.stop();
     cx.link.wire().close().ok();
-    Ok(Outcome::Moved(done(cx, report, clock)))
+    Ok(Outcome::Moved(Box::new(done(cx, report, clock))))
 }
 
 fn note_fill(report: &mut Report, filled: &Filled) {
@@ -267,16 +276,18 @@ fn commit(
     want: &mut dyn FnMut(Space, Range<u64>) -> Result<()>,
 ) -> Result<Committed> {
     cx.begin(clock, "restore");
-    let restored = postcopy::restored(cx, want).context("waiting for the destination's restore")?;
+    let restored: Restored =
+        postcopy::expect(cx, Kind::Restored, want).context("waiting for the destination's restore")?;
     fault::point("commit");
     if !cx.abort.commit() {
         bail!("the migration was given up by request");
     }
     cx.begin(clock, "commit");
-    let answer = {
-        let mut wire = cx.link.wire();
-        wire.json(Kind::Commit, &Commit {}).and_then(|()| wire.expect::<Running>(Kind::Running))
-    };
+    let answer = cx
+        .link
+        .json(Kind::Commit, &Commit {})
+        .and_then(|()| cx.link.flush())
+        .and_then(|()| postcopy::expect::<Running>(cx, Kind::Running, want));
     let running = match answer {
         Ok(running) => running,
         // the destination itself says that it gave up: only then may the tasks run here again
@@ -287,7 +298,9 @@ fn commit(
         }
     };
     still.disarm();
-    report.freeze_ms = millis(still.since().elapsed()) - running.since_ms;
+    let frozen_ms = millis(still.since().elapsed());
+    report.freeze_start_ms = Some(clock.now_ms() - frozen_ms);
+    report.freeze_ms = frozen_ms - running.since_ms;
     report.destination_phases = if running.phases.is_empty() { restored.phases } else { running.phases };
     // the destination counts from the moment at which it had everything
     let there = report.freeze_ms - running.took_ms;

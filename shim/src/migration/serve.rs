@@ -166,7 +166,7 @@ fn send(
     match outcome {
         Ok(Outcome::Moved(report)) => {
             slot.end(MigrationState::Moved { migration_id });
-            Ok(Some(report))
+            Ok(Some(*report))
         }
         Ok(Outcome::Undecided(still, message)) => {
             let (peer, address) = (request.peer.clone(), request.address.clone());
