@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 
 use super::codec::Kind;
 use super::link::Link;
+use super::shared;
 use super::tuning::Tuning;
+use crate::criu::ImageKind;
 use crate::memory::batch::{Builder, MAX_BATCH};
 use crate::memory::compress::{Compressor, Meter};
 use crate::memory::rate::Limiter;
@@ -40,6 +42,8 @@ pub(super) struct Copier {
     meter: Meter,
     limiter: Limiter,
     hurry: bool,
+    /// What the destination has of shared memory.
+    shared: shared::Sent,
     sent: HashMap<Space, RangeSet>,
     sources: HashMap<Space, Source>,
 }
@@ -59,6 +63,7 @@ impl Copier {
             compressor,
             limiter: Limiter::new(tuning.bandwidth.unwrap_or(0)),
             hurry: false,
+            shared: shared::Sent::default(),
             sent: HashMap::new(),
             sources: HashMap::new(),
         })
@@ -109,6 +114,11 @@ impl Copier {
         self.sent.get(&space).map_or_else(|| pages.clone(), |sent| pages.difference(sent))
     }
 
+    /// What the destination has of shared memory; taken once, in the freeze.
+    pub fn take_shared(&mut self) -> shared::Sent {
+        std::mem::take(&mut self.shared)
+    }
+
     /// Somebody waits for what is sent now: the bandwidth limit does not hold.
     pub fn hurry(&mut self, on: bool) {
         self.hurry = on;
@@ -138,8 +148,9 @@ impl Copier {
         go_on: &GoOn<'_>,
         copied: &mut Copied,
     ) -> Result<()> {
-        let Copier { tracker, reader, compressor, meter, limiter, sent, .. } = self;
+        let Copier { tracker, shared, reader, compressor, meter, limiter, sent, .. } = self;
         let sent = sent.entry(space).or_default();
+        let is_shared = space.kind == ImageKind::Shmem;
         let (compares, hurry) = (tracker.wants_sent(), self.hurry);
         let mut told = copied.bytes + copied.zero_bytes;
         let mut builder = Builder::new(space, MAX_BATCH);
@@ -162,6 +173,9 @@ impl Copier {
                 Chunk::Data { vaddr, bytes } => {
                     copied.bytes += bytes.len() as u64;
                     sent.insert(*vaddr..*vaddr + bytes.len() as u64);
+                    if is_shared {
+                        shared.note(space, *vaddr, bytes);
+                    }
                     if compares {
                         tracker.sent(space, *vaddr, bytes);
                     }
@@ -169,6 +183,9 @@ impl Copier {
                 Chunk::Zero { vaddr, len } => {
                     copied.zero_bytes += len;
                     sent.insert(*vaddr..*vaddr + len);
+                    if is_shared {
+                        shared.note_zero(space, *vaddr, *len);
+                    }
                     if compares {
                         tracker.sent_zero(space, *vaddr, *len);
                     }

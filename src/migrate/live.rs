@@ -83,6 +83,9 @@ pub(super) fn freeze(
         false => merge(unsent, copier.look(&tasks, true)?),
     };
     keep_from_code(&mut found);
+    // CRIU brings it, and its content says what is missing
+    found.retain(|f| f.space.kind == ImageKind::Pid);
+    let shared = copier.take_shared();
     items.until_now("final scan", at);
 
     phase("dump");
@@ -121,7 +124,7 @@ pub(super) fn freeze(
         });
         let dumped = worker.dump(&mut request, &mut |event| {
             listed.note(&event);
-            sender.borrow_mut().pages(event)?;
+            shared.filter(listed.open, event, &mut |event| sender.borrow_mut().pages(event))?;
             cx.go_on()
         });
         (dumped, pages.join())

@@ -54,6 +54,7 @@ mod prepared;
 pub mod protocol;
 pub mod quantity;
 pub mod report;
+mod shared;
 pub mod source;
 mod still;
 pub mod stream;
