@@ -109,6 +109,25 @@ fn act(deed: &str, mut r: Random) {
         "idle" => loop {
             std::thread::sleep(Duration::from_secs(1));
         },
+        "big" => {
+            // 1 GiB, then as many writes per second as there are; how many, and the longest pause between two, for the figures.
+            let pages = 1 << 18;
+            let at = map(pages, RW, ANON, -1);
+            // SAFETY: our own mapping.
+            (0..pages).for_each(|i| unsafe { at.add(i * PAGE).write_volatile(1) });
+            loop {
+                let (began, mut last, mut longest, mut n) =
+                    (Instant::now(), Instant::now(), Duration::ZERO, 0);
+                while began.elapsed() < Duration::from_millis(300) {
+                    writes(at, pages, 100, r);
+                    n += 100;
+                    let now = Instant::now();
+                    longest = longest.max(now - last);
+                    last = now;
+                }
+                eprintln!("  {n} random writes in 300 ms, longest pause {longest:?}");
+            }
+        }
         "random" => {
             let pages = 4096;
             let at = map(pages, RW, ANON, -1);
