@@ -26,7 +26,7 @@ use crate::memory::maps::{Mapping, mappings};
 use crate::memory::{RangeSet, Space, inject};
 
 /// A task that cannot be held still within this time (a vfork in it) is asked again at the next look.
-const STILL_WITHIN: Duration = Duration::from_millis(100);
+const STILL_WITHIN: Duration = Duration::from_millis(500);
 
 /// See the module's head.
 #[derive(Debug, Default)]
@@ -199,7 +199,7 @@ impl Look<'_> {
         let mut pagemap = Pagemap::open(pid)?;
         let mut new = Vec::new();
         {
-            let held = match Still::new(pid, STILL_WITHIN) {
+            let held = match Still::hold(pid, STILL_WITHIN) {
                 Ok(held) => Some(held),
                 Err(e) => {
                     log::debug!("memory of task {pid} is sent whole in this round: {e:#}");

@@ -114,7 +114,7 @@ fn clear(pid: i32) -> Result<()> {
 fn freeze(tasks: &[Task]) -> Result<Vec<Still>> {
     let mut all = Vec::new();
     for task in tasks {
-        match Still::new(task.pid, Duration::from_secs(2)) {
+        match Still::hold(task.pid, Duration::from_secs(2)) {
             Ok(Held::Still(still)) => all.push(still),
             Ok(Held::Already) => {}
             Ok(Held::Never(_)) if gone(task.pid) => {}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::cgroup::Freezer;
 
@@ -23,7 +23,7 @@ pub enum Held {
 
 impl Still {
     /// Freezes the task's cgroup. An error if that takes too long: everything is thawed again.
-    pub fn new(pid: i32, timeout: Duration) -> Result<Held> {
+    pub fn hold(pid: i32, timeout: Duration) -> Result<Held> {
         let freezer = match Freezer::of_pid(pid) {
             Ok(freezer) => freezer,
             Err(e) => return Ok(Held::Never(format!("{e:#}"))),
@@ -32,14 +32,10 @@ impl Still {
         {
             return Ok(Held::Never(format!("{} is ours, too", freezer.path().display())));
         }
-        if freezer.is_frozen()? {
-            return Ok(Held::Already);
-        }
-        let still = Self(freezer);
-        if !still.0.freeze(timeout)? {
-            bail!("{} did not freeze within {timeout:?}", still.0.path().display());
-        }
-        Ok(Held::Still(still))
+        Ok(match freezer.freeze(timeout)? {
+            true => Held::Already,
+            false => Held::Still(Self(freezer)),
+        })
     }
 }
 

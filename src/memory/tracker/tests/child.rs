@@ -179,11 +179,13 @@ fn act(deed: &str, mut r: Random) {
                 // SAFETY: moves and resizes our own mapping; the old address is not used again.
                 unsafe {
                     at = libc::mremap(at.cast(), pages * PAGE, to * PAGE, libc::MREMAP_MAYMOVE).cast();
+                    assert_ne!(at.cast(), libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
                     pages = to;
                     writes(at, pages, 20, r);
                     // To another place for certain; the old one stays, empty, and is written a little before it goes.
                     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
                     let moved: *mut u8 = libc::mremap(at.cast(), pages * PAGE, pages * PAGE, flags).cast();
+                    assert_ne!(moved.cast(), libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
                     writes(at, pages, 3, r);
                     pause(r);
                     libc::munmap(at.cast(), pages * PAGE);
