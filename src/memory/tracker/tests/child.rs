@@ -184,7 +184,10 @@ fn act(deed: &str, mut r: Random) {
                     writes(at, pages, 20, r);
                     // To another place for certain; the old one stays, empty, and is written a little before it goes.
                     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-                    let moved: *mut u8 = libc::mremap(at.cast(), pages * PAGE, pages * PAGE, flags).cast();
+                    // glibc reads a fifth argument with this flag.
+                    let anywhere = ptr::null_mut::<libc::c_void>();
+                    let moved: *mut u8 =
+                        libc::mremap(at.cast(), pages * PAGE, pages * PAGE, flags, anywhere).cast();
                     assert_ne!(moved.cast(), libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
                     writes(at, pages, 3, r);
                     pause(r);
