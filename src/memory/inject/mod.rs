@@ -93,7 +93,7 @@ struct Session {
 }
 
 /// A stop from which the task can be sent elsewhere and back, and its registers there.
-struct Rest(Regs);
+struct Rest(Box<Regs>);
 
 /// Where an injected call has led.
 enum Called {
@@ -122,7 +122,7 @@ impl Session {
                         bail!("it runs code of another architecture");
                     }
                     if !self.in_sequence(regs.ip()) {
-                        return Ok(Rest(regs));
+                        return Ok(Rest(Box::new(regs)));
                     }
                     self.again()?;
                     self.task.interrupt().context("interrupt")?;
@@ -240,13 +240,10 @@ impl Session {
             bail!("it was killed");
         }
         self.task.set_regs(saved).context("putting registers back")?;
-        match stop {
-            // A signal before the trap: it is delivered on the way out.
-            Stop::Signal(signal) => {
-                self.task.go(signal).context("delivering a signal")?;
-                self.rest().map(drop)?;
-            }
-            _ => {}
+        if let Stop::Signal(signal) = stop {
+            // Before the trap: it is delivered on the way out.
+            self.task.go(signal).context("delivering a signal")?;
+            self.rest().map(drop)?;
         }
         self.task.detach().context("detach")
     }

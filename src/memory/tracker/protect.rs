@@ -10,19 +10,23 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use super::class::{Class, class, shmem_device};
 use super::scan::{Pagemap, Select};
 use super::shared::Shared;
-use super::still::Still;
+use super::still::{Held, Still};
 use super::task::{Task, gone, share_memory, started};
 use super::uffd::Uffd;
 use super::{Found, Source, Tracker, TrackerKind};
 use crate::criu::ImageKind;
 use crate::memory::maps::{Mapping, mappings};
 use crate::memory::{RangeSet, Space, inject};
+
+/// A task that cannot be held still within this time (a vfork in it) is asked again at the next look.
+const STILL_WITHIN: Duration = Duration::from_millis(500);
 
 /// See the module's head.
 #[derive(Debug, Default)]
@@ -94,7 +98,8 @@ impl Tracker for UffdWp {
     }
 
     fn stop(&mut self) -> Result<()> {
-        *self = Self::default();
+        self.watched.clear();
+        self.shared = Shared::default();
         Ok(())
     }
 }
@@ -194,8 +199,16 @@ impl Look<'_> {
         let mut pagemap = Pagemap::open(pid)?;
         let mut new = Vec::new();
         {
-            let _still = Still::new(pid)
-                .inspect_err(|e| log::debug!("memory of task {pid} is registered while it runs: {e:#}"));
+            let held = match Still::hold(pid, STILL_WITHIN) {
+                Ok(held) => Some(held),
+                Err(e) => {
+                    log::debug!("memory of task {pid} is sent whole in this round: {e:#}");
+                    None
+                }
+            };
+            if let Some(Held::Never(why)) = &held {
+                log::debug!("memory of task {pid} is registered while it runs: {why}");
+            }
             for m in mappings(pid)? {
                 let kind = class(&m, shmem_device());
                 if kind == Class::Skip || done.contains(&(m.range.start, m.range.end)) {
@@ -207,7 +220,7 @@ impl Look<'_> {
                 {
                     continue;
                 }
-                let registered = self.register(&m)?;
+                let registered = held.is_some() && self.register(&m);
                 new.push((m, kind, registered));
             }
         }
@@ -252,17 +265,14 @@ impl Look<'_> {
     }
 
     /// False: that is not possible (gone, MAP_DROPPABLE, tracked by somebody else, or never written).
-    fn register(&mut self, m: &Mapping) -> Result<bool> {
-        let Some(uffd) = &self.watched.uffd else { return Ok(false) };
-        match uffd.register(m.range.clone()) {
-            Ok(()) => Ok(true),
-            // It may not be written, ever; nothing can come through it.
-            Err(e) if m.shared && !m.write && e.raw_os_error() == Some(libc::EPERM) => {
-                self.watched.read_only.insert((m.range.start, m.range.end));
-                Ok(false)
-            }
-            Err(_) => Ok(false),
+    fn register(&mut self, m: &Mapping) -> bool {
+        let Some(uffd) = &self.watched.uffd else { return false };
+        let result = uffd.register(m.range.clone());
+        if result.as_ref().is_err_and(unwatched) && m.shared && !m.write {
+            // It may not be written, ever: nothing can come through it.
+            self.watched.read_only.insert((m.range.start, m.range.end));
         }
+        result.is_ok()
     }
 }
 

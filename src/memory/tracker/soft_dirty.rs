@@ -9,14 +9,15 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::hash::{candidates, narrow};
 use super::scan::Select;
 use super::sent::Sent;
 use super::shared::Shared;
-use super::still::Still;
+use super::still::{Held, Still};
 use super::task::{Task, gone, started};
 use super::{Found, Tracker, TrackerKind};
 use crate::criu::ImageKind;
@@ -113,8 +114,13 @@ fn clear(pid: i32) -> Result<()> {
 fn freeze(tasks: &[Task]) -> Result<Vec<Still>> {
     let mut all = Vec::new();
     for task in tasks {
-        match Still::new(task.pid) {
-            Ok(still) => all.extend(still),
+        match Still::hold(task.pid, Duration::from_secs(2)) {
+            Ok(Held::Still(still)) => all.push(still),
+            Ok(Held::Already) => {}
+            Ok(Held::Never(_)) if gone(task.pid) => {}
+            Ok(Held::Never(why)) => {
+                bail!("task {} cannot be frozen for a look at its memory: {why}", task.pid)
+            }
             Err(_) if gone(task.pid) => {}
             Err(e) => return Err(e.context("holding the tasks still for a look at their memory")),
         }

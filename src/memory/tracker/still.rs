@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::cgroup::Freezer;
 
@@ -10,23 +10,32 @@ use crate::cgroup::Freezer;
 #[derive(Debug)]
 pub struct Still(Freezer);
 
+/// What came of it.
+#[derive(Debug)]
+pub enum Held {
+    /// Still until this is dropped.
+    Still(Still),
+    /// Frozen already, by somebody who will thaw it.
+    Already,
+    /// It has no cgroup of its own: in the root cgroup, or in ours.
+    Never(String),
+}
+
 impl Still {
-    /// Freezes the task's cgroup. None: it is frozen already, by somebody who will thaw it. An error where the cgroup is ours too, or
-    /// the root.
-    pub fn new(pid: i32) -> Result<Option<Self>> {
-        let freezer = Freezer::of_pid(pid)?;
+    /// Freezes the task's cgroup. An error if that takes too long: everything is thawed again.
+    pub fn hold(pid: i32, timeout: Duration) -> Result<Held> {
+        let freezer = match Freezer::of_pid(pid) {
+            Ok(freezer) => freezer,
+            Err(e) => return Ok(Held::Never(format!("{e:#}"))),
+        };
         if Freezer::of_pid(std::process::id() as i32).is_ok_and(|own| own.path().starts_with(freezer.path()))
         {
-            bail!("task {pid} is in a cgroup of ours ({})", freezer.path().display());
+            return Ok(Held::Never(format!("{} is ours, too", freezer.path().display())));
         }
-        if freezer.is_frozen()? {
-            return Ok(None);
-        }
-        let still = Self(freezer);
-        if !still.0.freeze(Duration::from_secs(2))? {
-            bail!("{} did not freeze within 2 s", still.0.path().display());
-        }
-        Ok(Some(still))
+        Ok(match freezer.freeze(timeout)? {
+            true => Held::Already,
+            false => Held::Still(Self(freezer)),
+        })
     }
 }
 

@@ -109,6 +109,25 @@ fn act(deed: &str, mut r: Random) {
         "idle" => loop {
             std::thread::sleep(Duration::from_secs(1));
         },
+        "big" => {
+            // 1 GiB, then as many writes per second as there are; how many, and the longest pause between two, for the figures.
+            let pages = 1 << 18;
+            let at = map(pages, RW, ANON, -1);
+            // SAFETY: our own mapping.
+            (0..pages).for_each(|i| unsafe { at.add(i * PAGE).write_volatile(1) });
+            loop {
+                let (began, mut last, mut longest, mut n) =
+                    (Instant::now(), Instant::now(), Duration::ZERO, 0);
+                while began.elapsed() < Duration::from_millis(300) {
+                    writes(at, pages, 100, r);
+                    n += 100;
+                    let now = Instant::now();
+                    longest = longest.max(now - last);
+                    last = now;
+                }
+                eprintln!("  {n} random writes in 300 ms, longest pause {longest:?}");
+            }
+        }
         "random" => {
             let pages = 4096;
             let at = map(pages, RW, ANON, -1);
@@ -160,11 +179,16 @@ fn act(deed: &str, mut r: Random) {
                 // SAFETY: moves and resizes our own mapping; the old address is not used again.
                 unsafe {
                     at = libc::mremap(at.cast(), pages * PAGE, to * PAGE, libc::MREMAP_MAYMOVE).cast();
+                    assert_ne!(at.cast(), libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
                     pages = to;
                     writes(at, pages, 20, r);
                     // To another place for certain; the old one stays, empty, and is written a little before it goes.
                     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-                    let moved: *mut u8 = libc::mremap(at.cast(), pages * PAGE, pages * PAGE, flags).cast();
+                    // glibc reads a fifth argument with this flag.
+                    let anywhere = ptr::null_mut::<libc::c_void>();
+                    let moved: *mut u8 =
+                        libc::mremap(at.cast(), pages * PAGE, pages * PAGE, flags, anywhere).cast();
+                    assert_ne!(moved.cast(), libc::MAP_FAILED, "mremap: {}", std::io::Error::last_os_error());
                     writes(at, pages, 3, r);
                     pause(r);
                     libc::munmap(at.cast(), pages * PAGE);

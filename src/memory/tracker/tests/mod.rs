@@ -214,10 +214,10 @@ fn moves(kind: TrackerKind, deeds: &str, seed: u64) -> (u64, u64) {
     let found = tracker.look(&tasks, true).unwrap();
     model.copy(&mut *tracker, &found);
     let (n, wrong) = model.compare(&tasks);
-    assert!(n > 50, "{n} pages only: does the child run?");
     if let Some(end) = family.ended() {
         panic!("{deeds}:{seed}: the child has ended: {end}");
     }
+    assert!(n > 50, "{n} pages only: does the child run?");
     assert!(
         wrong.is_empty(),
         "{kind} {deeds}:{seed}: {} of {n} pages are wrong:\n{}",
