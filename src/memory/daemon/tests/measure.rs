@@ -82,7 +82,8 @@ fn what_a_gibibyte_costs() {
     println!("put: {:?}", cpu() - begun);
 }
 
-/// Why the fill reads into a buffer: mapping the store's pages instead, window by window, costs more than it saves.
+/// The fill reads into a buffer. Mapping the store's pages instead, window by window, costs about the same processor time at 256 KiB and
+/// some 10 % less at 1 MiB.
 #[test]
 #[ignore = "figures"]
 fn read_or_mapped() {
