@@ -85,8 +85,8 @@ impl RangeSet {
             return;
         }
         let (first, last) = (self.runs[from].start, self.runs[to - 1].end);
-        let left = (first < gone.start).then(|| first..gone.start);
-        let right = (last > gone.end).then(|| gone.end..last);
+        let left = (first < gone.start).then_some(first..gone.start);
+        let right = (last > gone.end).then_some(gone.end..last);
         self.runs.splice(from..to, left.into_iter().chain(right));
     }
 

@@ -6,6 +6,7 @@
 //! Where pages come from and who takes them is not this module's business.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
@@ -65,16 +66,17 @@ impl Store {
     }
 
     fn open(&mut self, space: Space) -> Result<&mut Held> {
-        let spaces = &mut self.spaces;
-        if !spaces.contains_key(&space) {
-            let fd = memfd_create(c"transship-pages", MFdFlags::MFD_CLOEXEC)
-                .context("making a memfd for pages")?;
-            let file = File::from(fd);
-            // So that a read of any address finds zeros instead of the end of the file.
-            file.set_len(ADDRESSES).context("sizing a memfd for pages")?;
-            spaces.insert(space, Held { file, data: RangeSet::new(), zero: RangeSet::new() });
-        }
-        spaces.get_mut(&space).context("the space that was just made")
+        Ok(match self.spaces.entry(space) {
+            Entry::Occupied(held) => held.into_mut(),
+            Entry::Vacant(place) => {
+                let fd = memfd_create(c"transship-pages", MFdFlags::MFD_CLOEXEC)
+                    .context("making a memfd for pages")?;
+                let file = File::from(fd);
+                // So that a read of any address finds zeros instead of the end of the file.
+                file.set_len(ADDRESSES).context("sizing a memfd for pages")?;
+                place.insert(Held { file, data: RangeSet::new(), zero: RangeSet::new() })
+            }
+        })
     }
 
     /// Takes whole pages; later ones win.

@@ -513,21 +513,28 @@ impl Engine {
         let (first, then): (Vec<usize>, Vec<usize>) =
             order.filter(|i| ready(&self.consumers[*i])).partition(|i| !self.consumers[*i].child);
         let Some(i) = first.into_iter().chain(then).next() else { return Ok(()) };
-        let c = &mut self.consumers[i];
-        let piece = c.local.next(c.cursor).or_else(|| c.local.next(0)).context("a set that is not empty")?;
-        let len = (piece.end - piece.start).min(self.cfg.batch);
-        let bytes = &mut self.buf[..len as usize];
-        self.store.read_at(c.space, piece.image, bytes)?;
-        let (placed, stop) = c.place(piece.start, bytes, self.page)?;
-        self.stats.filled_bytes += placed;
-        c.cursor = piece.start + len;
-        self.to_free.push((c.space, piece.image..piece.image + len));
         self.turn = i + 1;
-        if let Stop::NotMapped(at) = stop {
-            c.cursor = at + self.page;
-            // Its mapping may have gone in this moment: then an event is on its way, and nothing can be placed until it is read.
-            self.faults_of(i)?;
-            self.unplaced(i, at)?;
+        let mut budget = self.cfg.batch;
+        while budget > 0 {
+            let c = &mut self.consumers[i];
+            let Some(piece) = c.local.next(c.cursor).or_else(|| c.local.next(0)) else { break };
+            let len = (piece.end - piece.start).min(budget);
+            budget -= len;
+            let bytes = &mut self.buf[..len as usize];
+            self.store.read_at(c.space, piece.image, bytes)?;
+            let (placed, stop) = c.place(piece.start, bytes, self.page)?;
+            self.stats.filled_bytes += placed;
+            c.cursor = piece.start + len;
+            self.to_free.push((c.space, piece.image..piece.image + len));
+            if let Stop::NotMapped(at) = stop {
+                c.cursor = at + self.page;
+                // Its mapping may have gone in this moment: then an event is on its way, and nothing can be placed until it is read.
+                self.faults_of(i)?;
+                self.unplaced(i, at)?;
+            }
+            if stop != Stop::All {
+                break;
+            }
         }
         self.free()
     }

@@ -146,13 +146,16 @@ fn an_abort_is_heard_before_and_during_a_restore() {
     let (store, lazy) = bed.store(|_| true);
     let daemon = bed.listen(|c| c.fill_delay = Duration::from_secs(60));
     let mut task = bed.task("sleep", 0);
+    let mut end = || {
+        task.kill().unwrap();
+        task.wait().unwrap();
+    };
     let ctl = DaemonCtl::new().unwrap();
     let orders = ctl.clone();
     let stats = daemon
         .run(store, &sets(lazy), None, ctl, &mut |event| {
             if event == DaemonEvent::Restored {
-                task.kill().unwrap();
-                task.wait().unwrap();
+                end();
                 orders.abort();
             }
         })

@@ -1,7 +1,13 @@
 //! The daemon against tasks that hand over their memory as CRIU's do. Needs root; CRIU itself is in [`criu`].
 
+#![expect(
+    clippy::undocumented_unsafe_blocks,
+    reason = "plain system calls on memory of the test's own, whose effects are what is tested"
+)]
+
 mod criu;
 mod ends;
+mod measure;
 mod remote;
 mod task;
 
@@ -125,7 +131,7 @@ fn threads_read_what_was_stored_and_zeros() {
         return;
     }
     let bed = Bed::new(4000);
-    let (stats, status) = bed.local("random", 0, |c| c.fill_delay = Duration::from_millis(5));
+    let (stats, status) = bed.local("random", 0, |c| c.fill_delay = Duration::from_millis(100));
     assert!(status.success(), "{status}");
     assert!(stats.complete && stats.faults_local > 10 && stats.faults_zero > 10, "{stats:?}");
     assert_eq!(stats.fault_bytes + stats.filled_bytes, bytes(4000));

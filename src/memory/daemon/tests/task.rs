@@ -20,9 +20,12 @@ const ELSEWHERE: u64 = 0x1800_0000_0000;
 /// The pid that the task says it has.
 pub const PID: i32 = 77;
 
+/// From this page on there is content in every one.
+pub const DENSE: u64 = 100_000;
+
 /// What is in page `n`: nothing in two of sixteen, otherwise words that say which page it is.
 pub fn content(n: u64) -> Option<u64> {
-    (n % 16 < 14).then(|| (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    (n % 16 < 14 || n >= DENSE).then(|| (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
 }
 
 pub fn page(word: u64) -> Vec<u8> {
@@ -50,6 +53,7 @@ pub fn main_if_invoked(args: &[String]) -> Option<i32> {
         "exec" => exec(pages),
         "latency" => latency(pages),
         "one" => one(args[5].parse().unwrap()),
+        "sleep1" => std::thread::sleep(Duration::from_millis(1500)),
         "sleep" => std::thread::sleep(Duration::from_secs(60)),
         other => panic!("{other}"),
     }
@@ -77,8 +81,8 @@ struct Register {
     ioctls: u64,
 }
 
-/// CRIU's restore, as the daemon sees it.
-fn register(socket: &Path, pages: u64) {
+/// Maps and registers memory as CRIU's restorer does.
+pub fn registered(pages: u64) -> OwnedFd {
     map(BASE, pages);
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) } as RawFd;
     assert!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
@@ -98,7 +102,12 @@ fn register(socket: &Path, pages: u64) {
         "{}",
         std::io::Error::last_os_error()
     );
+    uffd
+}
 
+/// CRIU's restore, as the daemon sees it.
+fn register(socket: &Path, pages: u64) {
+    let uffd = registered(pages);
     let stream = UnixStream::connect(socket).unwrap();
     let say = |bytes: &[u8], fds: &[RawFd]| {
         let rights = [ControlMessage::ScmRights(fds)];
