@@ -74,6 +74,9 @@ fn cell(
     system: &mut dyn System,
     dir: &Path,
 ) -> Result<cell::Figures, String> {
+    if let Some(reason) = system.unavailable() {
+        return Err(reason);
+    }
     let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
     if has < needs {
         return Err(format!("not run: it needs {needs} MB of memory, the machine has {has} MB available"));

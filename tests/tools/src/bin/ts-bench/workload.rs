@@ -60,6 +60,16 @@ pub const ALL: &[Workload] = &[
     ),
     redis("redis-256m", "redis with 256 MB, a client at 1 kHz", 256),
     redis("redis-1g", "redis with 1 GiB, a client at 1 kHz", 1024),
+    // its performance data is a file in the writable layer, which the peers do not copy
+    Workload {
+        image: "jvm",
+        ..load(
+            "jvm",
+            "a JVM with 256 MB of live objects, 65 MB of them replaced each second",
+            &["java", "-Xmx700m", "-XX:-UsePerfData", "/root/Load.java", "256"],
+            3000,
+        )
+    },
     redis("redis-4g", "redis with 4 GiB, a client at 1 kHz", 4096),
     load(
         "writer-1g-100",

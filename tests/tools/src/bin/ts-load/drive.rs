@@ -111,7 +111,7 @@ mod tests {
     fn the_rate_is_kept_and_a_stall_is_not_made_up_for() {
         let mut pace = Pace { rate: Some(2500.0), begin: Duration::ZERO, done: 0.0 };
         let mut now = Duration::ZERO;
-        let mut run = |pace: &mut Pace, now: &mut Duration, ticks: u32| {
+        let run = |pace: &mut Pace, now: &mut Duration, ticks: u32| {
             let mut steps = 0;
             for _ in 0..ticks {
                 *now += TICK;

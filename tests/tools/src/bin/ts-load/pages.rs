@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_wrong_page_is_found() {
-        let mut p = pages();
+        let p = pages();
         // one bit
         p.memory[3][500] ^= 1 << 40;
         // zeros

@@ -32,6 +32,10 @@ pub trait System {
     fn memory_percent(&self) -> u64 {
         100
     }
+    /// Why it cannot be measured on this machine at all.
+    fn unavailable(&self) -> Option<String> {
+        None
+    }
     /// Runs the workload on node a, in a pod of its own.
     fn start(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String>;
     /// What is ready before a move is asked for and not measured (a daemon that waits, the peer's pod).
@@ -51,6 +55,7 @@ pub fn all() -> Vec<Box<dyn System>> {
         Box::new(runc::Runc::new(runc::Way::Copy)),
         Box::new(runc::Runc::new(runc::Way::PageServer)),
         Box::new(runc::Runc::new(runc::Way::Lazy)),
+        Box::new(runc::Runc::new(runc::Way::PreDump)),
         Box::new(podman::Podman::default()),
     ]
 }

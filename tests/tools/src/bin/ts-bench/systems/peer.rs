@@ -51,9 +51,14 @@ pub fn ms(begin: f64, end: f64) -> f64 {
 
 /// DIR/images of node a to node b.
 pub fn copy(bed: &mut Bed) -> Result<Value, String> {
-    let (images, b) = (format!("{DIR}/images"), format!("{}:{COPY_PORT}", address("b")));
-    bed.b.ask(json!({"do": "receive", "dir": images, "address": b}))?;
-    let sent = bed.a.ask(json!({"do": "send", "dir": images, "to": b}))?;
+    copy_dir(bed, &format!("{DIR}/images"))
+}
+
+/// The regular files of a folder of node a, to the one of the same name on node b.
+pub fn copy_dir(bed: &mut Bed, dir: &str) -> Result<Value, String> {
+    let b = format!("{}:{COPY_PORT}", address("b"));
+    bed.b.ask(json!({"do": "receive", "dir": dir, "address": b}))?;
+    let sent = bed.a.ask(json!({"do": "send", "dir": dir, "to": b}))?;
     bed.b.ask(json!({"do": "received"}))?;
     Ok(sent)
 }

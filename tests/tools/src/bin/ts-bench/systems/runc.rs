@@ -1,5 +1,5 @@
 //! The peers that runc and CRIU offer: checkpoint, copy, restore; memory through CRIU's page server instead of files; and CRIU's
-//! own post-copy (lazy-pages). By hand, in the order and with the care of somebody who knows them well: images on tmpfs, a plain TCP
+//! own post-copy (lazy-pages); and, where the kernel has soft-dirty, rounds of `--pre-dump`. By hand, in the order and with the care of somebody who knows them well: images on tmpfs, a plain TCP
 //! copy, the destination's pod and root file system made beforehand, the source's network removed while the copy runs.
 //!
 //! The writable layer is not copied (the workloads write no files), nor is anything encrypted: favours to the peers.
@@ -19,7 +19,11 @@ pub enum Way {
     Copy,
     PageServer,
     Lazy,
+    PreDump,
 }
+
+/// Rounds of pre-dump before the last dump.
+const ROUNDS: u32 = 2;
 
 pub struct Runc {
     way: Way,
@@ -57,7 +61,9 @@ impl Runc {
 
 /// The errors of CRIU's logs, for those who ask why it failed.
 fn errors(node: &mut Helper) -> String {
-    let script = format!("cd {DIR} && grep -hE 'Error|BUG' */*.log *.log 2>/dev/null | tail -n 8; true");
+    let script = format!(
+        "cd {DIR} && grep -hE 'Error|BUG' */*.log *.log 2>/dev/null | grep -v RLIMIT_NOFILE | tail -n 8; true"
+    );
     node.sh(&script).unwrap_or_default().trim().to_owned()
 }
 
@@ -92,6 +98,7 @@ impl System for Runc {
             Way::Copy => "runc",
             Way::PageServer => "runc-page-server",
             Way::Lazy => "runc-lazy-pages",
+            Way::PreDump => "runc-pre-dump",
         }
     }
 
@@ -102,7 +109,16 @@ impl System for Runc {
             Way::Lazy => {
                 "runc checkpoint --lazy-pages, stock `criu lazy-pages` on the destination, runc restore --lazy-pages"
             }
+            Way::PreDump => {
+                "two rounds of runc checkpoint --pre-dump and copy, then as runc with --parent-path"
+            }
         }
+    }
+
+    fn unavailable(&self) -> Option<String> {
+        // without it CRIU cannot tell what was written since, and aborts
+        (self.way == Way::PreDump && !crate::machine::soft_dirty())
+            .then(|| "needs soft-dirty, which this kernel does not have".into())
     }
 
     fn start(&mut self, bed: &mut Bed, workload: &Workload) -> Result<(), String> {
@@ -137,7 +153,11 @@ impl System for Runc {
     }
 
     fn migrate(&mut self, bed: &mut Bed, _: &Workload) -> Result<Move, String> {
-        let result = if self.way == Way::Lazy { self.lazy(bed) } else { self.stop_and_copy(bed) };
+        let result = match self.way {
+            Way::Copy | Way::PageServer => self.stop_and_copy(bed),
+            Way::Lazy => self.lazy(bed),
+            Way::PreDump => self.pre_dump(bed),
+        };
         if let Some(gate) = self.gate.take() {
             bed.b.try_sh(&gate);
         }
@@ -160,10 +180,10 @@ impl System for Runc {
 }
 
 impl Runc {
-    fn restore(&self, bed: &mut Bed, more: &[&str]) -> Result<Value, String> {
-        let (images, work) = (format!("{DIR}/images"), format!("{DIR}/work"));
+    fn restore(&self, bed: &mut Bed, images: &str, more: &[&str]) -> Result<Value, String> {
+        let work = format!("{DIR}/work");
         let mut line = vec!["runc", "restore", "-d", "--tcp-established", "--bundle", DIR];
-        line.extend(["--image-path", &images, "--work-path", &work]);
+        line.extend(["--image-path", images, "--work-path", &work]);
         line.extend(more);
         line.push(ID);
         bed.b.run(&line, 120)
@@ -188,7 +208,7 @@ impl Runc {
         }
         // the source's images are of no more use, and the machine has both nodes' memory
         let remove = spawn(&mut bed.a, &format!("rm -rf {DIR}/images"))?;
-        let restore = self.restore(bed, &[])?;
+        let restore = self.restore(bed, &images, &[])?;
         done(&mut bed.a, remove, 30)?;
         let (begin, end) = (time(&dump, "begin"), time(&restore, "end"));
         bed.b.try_sh(&format!("rm -rf {DIR}/images"));
@@ -232,7 +252,7 @@ impl Runc {
         bed.b.sh(&format!(
             "for i in $(seq 200); do [ -S {DIR}/work/lazy-pages.socket ] || [ -S {DIR}/images/lazy-pages.socket ] && exit 0; sleep 0.005; done; exit 1"
         ))?;
-        let restore = self.restore(bed, &["--lazy-pages"])?;
+        let restore = self.restore(bed, &format!("{DIR}/images"), &["--lazy-pages"])?;
         let filled = done(&mut bed.b, daemon, 300)?;
         done(&mut bed.a, dump, 60)?;
         bed.a.try_sh(&format!("ip netns del {ID}"));
@@ -245,6 +265,56 @@ impl Runc {
                 "checkpoint_ms": ms(begin, time(&ready, "end")), "copy_ms": ms(time(&copy, "begin"), time(&copy, "end")),
                 "restore_ms": ms(time(&restore, "begin"), frozen_end), "fill_ms": ms(frozen_end, time(&filled, "end")),
             }),
+        })
+    }
+
+    fn pre_dump(&mut self, bed: &mut Bed) -> Result<Move, String> {
+        let work = format!("{DIR}/work");
+        let (mut begin, mut rounds) = (None, Vec::new());
+        let mut restore = None;
+        for round in 0..=ROUNDS {
+            let last = round == ROUNDS;
+            let images = format!("{DIR}/images.{round}");
+            let parent = format!("../images.{}", round.saturating_sub(1));
+            let link = if round > 0 { format!("; ln -s {parent} {images}/parent") } else { String::new() };
+            bed.a.sh(&format!("mkdir -p {images}"))?;
+            bed.b.sh(&format!("mkdir -p {images}{link}"))?;
+            let mut line = vec![
+                "runc",
+                "checkpoint",
+                "--tcp-established",
+                "--image-path",
+                &images,
+                "--work-path",
+                &work,
+            ];
+            if !last {
+                line.push("--pre-dump");
+            }
+            if round > 0 {
+                line.extend(["--parent-path", &parent]);
+            }
+            line.push(ID);
+            let dump = bed.a.run(&line, 300)?;
+            begin = begin.or(Some(time(&dump, "begin")));
+            let unpod = if last { Some(spawn(&mut bed.a, &format!("ip netns del {ID}"))?) } else { None };
+            let copy = peer::copy_dir(bed, &images)?;
+            rounds.push(
+                json!({"dump_ms": ms(time(&dump, "begin"), time(&dump, "end")), "copy_bytes": copy["bytes"]}),
+            );
+            if let Some(unpod) = unpod {
+                done(&mut bed.a, unpod, 30)?;
+                restore = Some((time(&dump, "begin"), self.restore(bed, &images, &[])?));
+            }
+        }
+        let (freeze, restore) = restore.ok_or("no round")?;
+        let end = time(&restore, "end");
+        bed.b.try_sh(&format!("rm -rf {DIR}/images.*"));
+        Ok(Move {
+            begin: begin.unwrap_or(freeze),
+            end,
+            freeze_ms: ms(freeze, end),
+            detail: json!({"rounds": rounds, "restore_ms": ms(time(&restore, "begin"), end)}),
         })
     }
 }
