@@ -8,8 +8,13 @@
 //! | [`entry`] | one entry of the stream, its limits, the order of entries |
 //! | [`wire`] | an entry as bytes and back; the bytes are not trusted |
 //! | [`xattr`] | which extended attributes travel, which stay, which stop the move |
-//! | [`mod@capture`] | a directory read into a [`Sink`] |
-//! | [`apply`] | a [`Sink`] that writes a directory |
+//! | [`mod@capture`] | a directory read into a [`Sink`], once |
+//! | [`staged`] | the same in rounds, while it changes: later ones send what changed since |
+//! | [`stamp`] | whether an inode may have changed since it was looked at |
+//! | `blocks` | which blocks of a file changed |
+//! | [`writers`] | which files the tasks may be writing |
+//! | `read` | one inode's entry |
+//! | [`apply`] | a [`Sink`] that writes a directory, in one round or several, the last perhaps through the mounted overlay |
 //! | [`times`] | what CRIU's own work in the root must not change |
 //! | [`diff`] | two directories compared entry by entry (tests, doctor) |
 //! | [`testing`] | random layers through a real overlay mount, moved and compared |
@@ -20,8 +25,11 @@
 //!
 //! The root's entry first, then depth first, the names of a directory in byte order, so that a parent always comes
 //! before its children and every path is greater than the one before ([`entry::order`]); the data of a file follows its
-//! entry; [`Entry::End`] with the totals ends it. [`Apply`] checks all of this and never follows a path that the stream
-//! has not created itself.
+//! entry; [`Entry::End`] with the totals ends it. [`Apply`] checks all of this and never follows a symbolic link.
+//!
+//! Later rounds begin with [`Entry::Round`]. They have the entries that changed and the directories above them;
+//! [`Entry::Remove`] comes in its place in the order, and before what takes the name over; [`Kind::Patch`] is followed by
+//! what changed of a file ([`Entry::Hole`] and data).
 
 pub mod apply;
 mod blocks;

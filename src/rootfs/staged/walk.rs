@@ -35,7 +35,7 @@ pub(super) struct Walk<'a> {
     pub keep: bool,
     old: Option<&'a Known>,
     /// Where each inode of the old tree with this number was: made when it is first asked for.
-    index: Option<HashMap<(u64, u64), Vec<(Vec<u8>, &'a Known)>>>,
+    index: Option<Index<'a>>,
     /// Inodes with several names of which one was passed.
     groups: HashMap<(u64, u64), Group>,
     /// From the root down to the directory in hand.
@@ -45,6 +45,9 @@ pub(super) struct Walk<'a> {
     pub regular: u64,
     scratch: Vec<u8>,
 }
+
+/// Paths and entries by inode of the source.
+type Index<'a> = HashMap<(u64, u64), Vec<(Vec<u8>, &'a Known)>>;
 
 struct Group {
     path: Vec<u8>,
@@ -287,7 +290,7 @@ impl<'a> Walk<'a> {
         let many = now.nlink > 1 && !(self.delta && now.is_whiteout());
         if many && let Some(group) = self.groups.get(&now.key) {
             let (id, target, same) = (group.id, group.path.clone(), group.stamp == now);
-            if !kept.is_some_and(|k| k.id == id) {
+            if kept.is_none_or(|k| k.id != id) {
                 self.replace(&path, &mut replaces_dir)?;
                 self.need()?;
                 self.send(Entry::Link { path, target })?;
@@ -354,7 +357,7 @@ impl<'a> Walk<'a> {
     fn elsewhere(&mut self, key: (u64, u64), path: &[u8]) -> Option<(Vec<u8>, &'a Known)> {
         let old = self.old?;
         let index = self.index.get_or_insert_with(|| {
-            let mut index: HashMap<_, Vec<_>> = HashMap::new();
+            let mut index = Index::new();
             let mut open = vec![(Vec::new(), old)];
             while let Some((path, known)) = open.pop() {
                 for (name, child) in &known.names {
