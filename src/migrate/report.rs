@@ -408,6 +408,7 @@ mod tests {
         let fused = fused(&all);
         assert_eq!(fused.len(), 3);
         assert_eq!(fused[1], phase("rounds", 1.0, 7.5));
+        assert_eq!(fused[2], all[3], "no round, whatever it is called");
     }
 
     #[test]
