@@ -68,14 +68,12 @@ fn traced_here(pid: i32) -> Result<OwnedFd> {
 
 fn in_thread(pid: i32) -> Result<OwnedFd> {
     let tid = living_thread(pid)?;
-    let insn = instruction(pid)?;
     let task = Traced::seize(tid).map_err(|e| match tracer(tid) {
         Some(other) => anyhow!("it is traced by process {other}"),
         None => anyhow!("ptrace: {e}"),
     })?;
     task.interrupt().context("interrupt")?;
-    let memory = File::open(format!("/proc/{tid}/mem")).context("its memory")?;
-    let mut session = Session { task, memory, pid, insn, attempts: 0 };
+    let mut session = Session { task, pid, insn: 0, attempts: 0 };
     let at = session.rest()?;
     let result = session.fetch(at);
     if let Err(e) = &result {
@@ -86,8 +84,8 @@ fn in_thread(pid: i32) -> Result<OwnedFd> {
 
 struct Session {
     task: Traced,
-    memory: File,
     pid: i32,
+    /// Found at each rest: an exec before it takes the mappings along.
     insn: u64,
     attempts: u32,
 }
@@ -121,7 +119,9 @@ impl Session {
                         self.task.detach().context("detach")?;
                         bail!("it runs code of another architecture");
                     }
-                    if !self.in_sequence(regs.ip()) {
+                    let memory = File::open(format!("/proc/{}/mem", self.pid)).context("its memory")?;
+                    if !self.in_sequence(&memory, regs.ip()) {
+                        self.insn = instruction(self.pid, &memory)?;
                         return Ok(Rest(Box::new(regs)));
                     }
                     self.again()?;
@@ -143,11 +143,11 @@ impl Session {
 
     /// Is the task inside a restartable sequence (rseq(2))? With the instruction pointer elsewhere the kernel would forget it,
     /// and the sequence would go on as if nobody else had run.
-    fn in_sequence(&self, ip: u64) -> bool {
+    fn in_sequence(&self, memory: &File, ip: u64) -> bool {
         let Some(at) = self.task.rseq() else { return false };
         let read = |at: u64| -> Option<u64> {
             let mut word = [0; 8];
-            self.memory.read_exact_at(&mut word, at).ok()?;
+            memory.read_exact_at(&mut word, at).ok()?;
             Some(u64::from_le_bytes(word))
         };
         // struct rseq: cpu_id_start, cpu_id (u32 each), rseq_cs. struct rseq_cs: version, flags (u32 each), start_ip, length, abort_ip.
@@ -182,6 +182,12 @@ impl Session {
     /// Another stop than the call's: back to its own registers, and the signal gets its due.
     fn astray(&mut self, saved: &Regs, stop: Stop) -> Result<Called> {
         let signal = match stop {
+            // A fault of our own making: the instruction has just been unmapped by another thread.
+            Stop::Signal(libc::SIGSEGV | libc::SIGBUS | libc::SIGILL)
+                if self.task.regs().is_ok_and(|r| r.ip() == self.insn) =>
+            {
+                0
+            }
             Stop::Signal(signal) => signal,
             Stop::Gone => bail!("it was killed"),
             Stop::Trap | Stop::Syscall => 0,
@@ -298,8 +304,7 @@ fn tracer(tid: i32) -> Option<i32> {
 }
 
 /// Where the task has a system call instruction: in its vdso, or else in any executable mapping.
-fn instruction(pid: i32) -> Result<u64> {
-    let memory = File::open(format!("/proc/{pid}/mem")).context("its memory")?;
+fn instruction(pid: i32, memory: &File) -> Result<u64> {
     let mut maps: Vec<_> =
         mappings(pid)?.into_iter().filter(|m| m.exec && m.read && m.name != "[vsyscall]").collect();
     maps.sort_by_key(|m| m.name != "[vdso]");

@@ -222,7 +222,7 @@ fn act(deed: &str, mut r: Random) {
         "brk" => {
             let mut grown = 0usize;
             loop {
-                let pages = 1 + r.below(64);
+                let pages = 2 + r.below(64);
                 // SAFETY: only what was grown here is written and given back, if nobody else has grown the heap since.
                 unsafe {
                     let at: *mut u8 = libc::sbrk((pages * PAGE) as isize).cast();
@@ -265,7 +265,10 @@ fn act(deed: &str, mut r: Random) {
             let seed = r.next() % 1_000_000;
             let order = format!("exec2:{seed}");
             let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-            command.args(["--exact", &name()]).env(VARIABLE, order).stdout(std::process::Stdio::null());
+            command
+                .args(["--exact", &name(), "--nocapture"])
+                .env(VARIABLE, order)
+                .stdout(std::process::Stdio::null());
             let mut child = command.spawn().unwrap();
             eprintln!("exec2: {:?}", child.wait());
             std::process::exit(3);
@@ -280,7 +283,7 @@ fn act(deed: &str, mut r: Random) {
             }
             let seed = r.next() % 1_000_000;
             let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-            command.args(["--exact", &name()]).env(VARIABLE, format!("exec2:{seed}"));
+            command.args(["--exact", &name(), "--nocapture"]).env(VARIABLE, format!("exec2:{seed}"));
             panic!("{}", std::os::unix::process::CommandExt::exec(&mut command));
         }
         "dontneed" => {

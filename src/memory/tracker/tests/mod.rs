@@ -41,7 +41,9 @@ fn cgroup() -> Option<std::path::PathBuf> {
 impl Family {
     pub fn start(deeds: &str, seed: u64) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", &child::name()]).env(child::VARIABLE, format!("{deeds}:{seed}"));
+        command
+            .args(["--exact", &child::name(), "--nocapture"])
+            .env(child::VARIABLE, format!("{deeds}:{seed}"));
         command.stdout(Stdio::null());
         let cgroup = cgroup();
         let procs =
