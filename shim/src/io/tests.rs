@@ -324,8 +324,15 @@ async fn terminal_echo_size_and_exit() {
         stderr: Some(slave),
     };
     // A process in the background that keeps the terminal must not keep the output open.
-    let sh = container("stty size; read line; echo got $line >&2; trap '' HUP; sleep 2 & sleep 0.1", child);
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let sized = bed.dir.path().join("sized");
+    let script = format!(
+        "stty size; touch {}; read line; echo got $line >&2; trap '' HUP; sleep 2 & sleep 0.1",
+        sized.display()
+    );
+    let sh = container(&script, child);
+    while !sized.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     File::options().write(true).open(&cfg.stdin).unwrap().write_all(b"hello\n").unwrap();
     timeout(LONG, wait(sh)).await.unwrap();
     // The client waits for the end of the output, only then it deletes (and the shim drains).

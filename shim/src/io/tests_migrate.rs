@@ -34,7 +34,7 @@ async fn stuck(writer: &Child, client: &File) {
         // SAFETY: FIONREAD writes one int.
         let asked = unsafe { libc::ioctl(client.as_raw_fd(), libc::FIONREAD, &mut readable) };
         let now = (written(), readable);
-        let still = asked == 0 && readable > 60 << 10 && sleeps() && before.as_ref() == Some(&now);
+        let still = asked == 0 && readable > 16 << 10 && sleeps() && before.as_ref() == Some(&now);
         quiet = if still { quiet + 1 } else { 0 };
         before = Some(now);
     }
