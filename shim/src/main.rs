@@ -54,11 +54,21 @@ mod tests;
 use std::{process::ExitCode, sync::Arc};
 
 use anyhow::{Result, bail};
+use transship::{
+    memory::{daemon::keeper, inject::helper},
+    migrate::filling::KEEPER,
+};
 
 fn main() -> ExitCode {
     // the same executable is CRIU's gate during a restore: that has to be quick
     if let Some(code) = transship::criu::gate::main_if_invoked() {
         return code;
+    }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == KEEPER) {
+        return keeper::main();
+    }
+    if std::env::args_os().nth(1).is_some_and(|arg| arg == helper::ARG) {
+        return helper::main();
     }
     server::save_memory();
     match run() {
@@ -87,6 +97,10 @@ fn run() -> Result<()> {
     match flags.action.as_str() {
         "start" => bootstrap::start(&flags),
         "delete" => bootstrap::delete(&flags),
-        _ => server::run(&flags, Arc::new(migration::Migrations::default())),
+        _ => {
+            // the reaper waits for every child: it must not see the stops of one that is traced
+            helper::through(&std::env::current_exe()?);
+            server::run(&flags, Arc::new(migration::Migrations::default()))
+        }
     }
 }

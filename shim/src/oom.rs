@@ -172,16 +172,26 @@ mod tests {
             dir.display()
         );
         let mut child = Command::new("sh").args(["-c", &script]).stdout(Stdio::null()).spawn().unwrap();
-        let fired = timeout(Duration::from_secs(20), kills.next()).await;
+        let fired = timeout(Duration::from_secs(60), kills.next()).await;
+        // The kernel tells of it before it has killed anybody, and the shell's pipeline outlives the shell: all of them are ended
+        // here, however long a busy machine takes for that.
         let _ = child.kill();
         let _ = child.wait();
-        let removed = (0..100).any(|_| {
-            std::thread::sleep(Duration::from_millis(10));
-            fs::remove_dir(&dir).is_ok()
-        });
-        assert!(removed);
+        let removed = async {
+            while fs::remove_dir(&dir).is_err() {
+                let left = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+                for pid in left.lines().filter_map(|pid| pid.parse().ok()) {
+                    let _ = nix::sys::signal::kill(
+                        nix::unistd::Pid::from_raw(pid),
+                        nix::sys::signal::Signal::SIGKILL,
+                    );
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(60), removed).await.unwrap();
         assert_eq!(fired.unwrap(), Some(()));
         let end = async { while kills.next().await.is_some() {} };
-        timeout(Duration::from_secs(5), end).await.unwrap();
+        timeout(Duration::from_secs(60), end).await.unwrap();
     }
 }

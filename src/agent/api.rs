@@ -16,6 +16,8 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::migrate::{report::Round, tuning::Asked};
+
 /// Where the agent listens for the command line, unless its config says otherwise. Mode 0600: root only.
 pub const DEFAULT_SOCKET: &str = "/run/transship/agent.sock";
 
@@ -58,6 +60,8 @@ pub struct MigrateRequest {
     pub silence_seconds: u64,
     /// Largest open-but-deleted file that is carried along, in bytes; 0 takes the agent's default.
     pub ghost_limit: u64,
+    /// How memory moves; what is not said takes the agent's default.
+    pub tuning: Asked,
 }
 
 /// See [`Request::Checkpoint`].
@@ -121,7 +125,8 @@ pub enum Decision {
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
-    /// A phase begins: `preflight`, `prepare`, `transfer`, `freeze`, `final`, `restored`, `commit`, `running`, `cleanup`.
+    /// A phase begins: `preflight`, `prepare`, `transfer`, `freeze`, `commit`, `running`, `post-copy`, `cleanup` and what the
+    /// shims call theirs; they may be as many as the shims like.
     Phase {
         /// The phase's name.
         name: String,
@@ -130,12 +135,25 @@ pub enum Event {
     },
     /// How far something is.
     Progress {
-        /// What is counted: `blobs`, `memory`, `layer`, ...
+        /// What is counted: `blobs`, `memory`, `layer`, `following` (post-copy), ...
         what: String,
         /// Bytes done.
         done: u64,
         /// Bytes in all as far as known.
         total: Option<u64>,
+    },
+    /// A round of copying begins; its progress is said to be of `memory`.
+    Round {
+        /// Counted from 1.
+        n: u32,
+        /// Bytes in it, as far as known.
+        #[serde(default)]
+        total: Option<u64>,
+    },
+    /// A round ended.
+    RoundDone {
+        /// What it did.
+        round: Round,
     },
     /// Something the operator should know, though the work goes on.
     Warning {
@@ -269,7 +287,8 @@ pub struct PsEntry {
     pub container: String,
     /// The image's name.
     pub image: String,
-    /// `created`, `running`, `paused`, `stopped`, `none` (no task), `migrating-out`, `migrating-in`, `undecided`, `no-shim`.
+    /// `created`, `running`, `paused`, `stopped`, `none` (no task), `migrating-out`, `migrating-in`, `post-copy`
+    /// (it runs elsewhere, memory of it is still here), `undecided`, `lost`, `no-shim`.
     pub state: String,
     /// The init's pid; 0 without a task.
     pub pid: u32,
@@ -397,11 +416,13 @@ pub enum ExitCode {
     Busy = 13,
     /// `doctor` found something that prevents a migration.
     Unfit = 14,
+    /// Source or link were lost in post-copy, and memory with them: killed, or run on at the source, as chosen.
+    Lost = 15,
 }
 
 impl ExitCode {
     /// Every code with what it means, for the help.
-    pub const ALL: [(ExitCode, &'static str); 15] = [
+    pub const ALL: [(ExitCode, &'static str); 16] = [
         (ExitCode::Ok, "success"),
         (ExitCode::Failed, "failed for a reason without a number of its own"),
         (ExitCode::Usage, "wrong arguments or bad configuration"),
@@ -417,6 +438,10 @@ impl ExitCode {
         (ExitCode::BadFile, "the checkpoint file is corrupt, truncated or of an unknown version"),
         (ExitCode::Busy, "the container is busy with another migration or checkpoint"),
         (ExitCode::Unfit, "doctor found something that prevents a migration"),
+        (
+            ExitCode::Lost,
+            "memory was lost after the commit (post-copy); --on-post-copy-failure decided what became of the container",
+        ),
     ];
 
     /// The number given to `exit`.

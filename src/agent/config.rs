@@ -7,11 +7,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::{
     containerd::client::DEFAULT_SOCKET as CONTAINERD_SOCKET,
     control::{Limits, RUN_DIR},
+    migrate::{
+        quantity,
+        tuning::{Asked, Compression, Mode, OnPostCopyFailure, Tuning},
+    },
     tls::config::{DEFAULT_DIR as PKI_DIR, Pki},
 };
 
@@ -30,6 +34,63 @@ pub enum StdioPolicy {
     Log,
     /// Into FIFOs below `/run/transship/fifo`, for a program of the user's to read.
     Fifo,
+}
+
+/// How containers leave this node, where the command line says nothing: the section `[migration]`.
+#[derive(Deserialize, Clone, Debug, PartialEq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Migration {
+    /// `auto`, `pre-copy`, `post-copy`.
+    pub mode: Mode,
+    /// For instance `300ms`; kept in milliseconds.
+    #[serde(deserialize_with = "duration")]
+    pub max_downtime: u64,
+    /// For instance `100MB/s`, kept as bytes in a second; `None` for `unlimited`.
+    #[serde(deserialize_with = "rate")]
+    pub bandwidth: Option<u64>,
+    /// `none`, `lz4`, `zstd`, `auto`.
+    pub compress: Compression,
+    /// `kill`, `thaw`.
+    pub on_post_copy_failure: OnPostCopyFailure,
+    /// The most rounds before the freeze.
+    pub max_rounds: u32,
+}
+
+impl Default for Migration {
+    fn default() -> Self {
+        let Tuning { mode, max_downtime_ms, bandwidth, compress, on_post_copy_failure, max_rounds } =
+            Tuning::default();
+        Migration {
+            mode,
+            max_downtime: max_downtime_ms,
+            bandwidth,
+            compress,
+            on_post_copy_failure,
+            max_rounds,
+        }
+    }
+}
+
+impl Migration {
+    /// What holds for a request: what it asks for, else this section.
+    pub fn tuning(&self, asked: &Asked) -> Tuning {
+        asked.over(&Tuning {
+            mode: self.mode,
+            max_downtime_ms: self.max_downtime,
+            bandwidth: self.bandwidth,
+            compress: self.compress,
+            on_post_copy_failure: self.on_post_copy_failure,
+            max_rounds: self.max_rounds,
+        })
+    }
+}
+
+fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    quantity::duration_ms(&String::deserialize(from)?).map_err(D::Error::custom)
+}
+
+fn rate<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    quantity::rate(&String::deserialize(from)?).map_err(D::Error::custom)
 }
 
 /// The agent's configuration.
@@ -67,6 +128,8 @@ pub struct Config {
     pub accept_from: Vec<String>,
     /// The most containers that may arrive at the same time.
     pub max_incoming: usize,
+    /// How containers leave.
+    pub migration: Migration,
 }
 
 impl Default for Config {
@@ -87,6 +150,7 @@ impl Default for Config {
             criu: None,
             accept_from: Vec::new(),
             max_incoming: 32,
+            migration: Migration::default(),
         }
     }
 }
@@ -189,6 +253,13 @@ mod tests {
             criu = "/opt/criu/bin/criu"
             accept_from = ["node-b"]
             max_incoming = 2
+            [migration]
+            mode = "pre-copy"
+            max_downtime = "1.5s"
+            bandwidth = "1Gbit/s"
+            compress = "zstd"
+            on_post_copy_failure = "thaw"
+            max_rounds = 7
         "#;
         let config = Config::parse(text).unwrap();
         assert_eq!((config.stdio, config.bridge.as_deref()), (StdioPolicy::Fifo, Some("cni0")));
@@ -196,6 +267,28 @@ mod tests {
         assert_eq!(config.silence(9999), Duration::from_secs(600));
         assert_eq!(config.limits(0, 0, 1).ghost_limit, 1);
         assert_eq!(config.limits(5, 1 << 40, 1).ghost_limit, u32::MAX);
+        let want = Tuning {
+            mode: Mode::PreCopy,
+            max_downtime_ms: 1500,
+            bandwidth: Some(125_000_000),
+            compress: Compression::Zstd,
+            on_post_copy_failure: OnPostCopyFailure::Thaw,
+            max_rounds: 7,
+        };
+        assert_eq!(config.migration.tuning(&Asked::default()), want);
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_section_and_the_section_over_the_defaults() {
+        let config = Config::parse("[migration]\nbandwidth = '1MB/s'\nmode = 'pre-copy'").unwrap();
+        let asked = Asked { mode: Some(Mode::PostCopy), ..Asked::default() };
+        let tuning = config.migration.tuning(&asked);
+        assert_eq!(
+            (tuning.mode, tuning.bandwidth, tuning.max_downtime_ms),
+            (Mode::PostCopy, Some(1_000_000), 300)
+        );
+        let open = Config::parse("[migration]\nbandwidth = 'unlimited'").unwrap();
+        assert_eq!(open.migration.tuning(&Asked::default()).bandwidth, None);
     }
 
     #[test]
@@ -208,6 +301,10 @@ mod tests {
             ("bridge = 'a/b'", "bridge"),
             ("host_mounts = ['x']", "absolute"),
             ("stdio = 'tape'", "tape"),
+            ("[migration]\nmode = 'sideways'", "sideways"),
+            ("[migration]\nmax_downtime = '300'", "300ms"),
+            ("[migration]\nbandwidth = 'fast'", "Gbit/s"),
+            ("[migration]\ncompression = 'zstd'", "compression"),
         ] {
             let error = format!("{:#}", Config::parse(text).unwrap_err());
             assert!(error.contains(word), "{text}: {error}");

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use tokio::task::JoinHandle;
 
 use super::{
-    Agent,
+    Agent, filling,
     layer::{self, name},
     link::{Frame, Link},
     message::{Hello, Message, Offer, Ready, Refusal, Started, VERSIONS},
@@ -101,7 +101,7 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     match taken {
         Ok(mut started) => {
             log::info!("{namespace}/{id} of {peer} is here now (migration {})", placement.migration);
-            outcome::keep(&placement.migration, peer, Fate::Runs);
+            started.left = filling::begun(&namespace, &id, &placement.migration, peer).await;
             match placement.keep().await {
                 Ok(warnings) => started.warnings.extend(warnings),
                 Err(error) => started.warnings.push(format!("{error:#}")),
@@ -234,6 +234,7 @@ async fn take(
         limits: agent.config.limits(offer.silence_seconds, offer.ghost_limit, placement.memory_cap),
         netns: placement.netns.clone(),
         net: offer.net.clone(),
+        on_post_copy_failure: offer.on_post_copy_failure,
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
     let warnings = follow(&namespace, &id, request, vec![connection.into()], Some(link)).await?;
@@ -242,7 +243,7 @@ async fn take(
         log::error!("{namespace}/{id} runs, but containerd could not be told: {error:#}");
         error
     });
-    let mut started = Started { pid: *pid.as_ref().unwrap_or(&0), warnings };
+    let mut started = Started { pid: *pid.as_ref().unwrap_or(&0), warnings, left: 0 };
     if let Err(error) = pid {
         started.warnings.push(format!("it runs, but containerd does not know: {error:#}"));
     }

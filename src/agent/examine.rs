@@ -17,6 +17,7 @@ use crate::{
         task::{Status, Task},
     },
     control::{self, Inspected},
+    migrate::loss::megabytes,
 };
 
 type Outcome<T> = Result<T, ErrorReport>;
@@ -114,6 +115,7 @@ pub async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject
         ignore_cpu: request.ignore_cpu,
         silence_seconds: request.silence_seconds,
         ghost_limit: request.ghost_limit,
+        on_post_copy_failure: agent.config.migration.tuning(&request.tuning).on_post_copy_failure,
         terminal: spec::terminal(&record.spec),
         ..Offer::default()
     };
@@ -166,6 +168,17 @@ async fn inspect(
             format!("{id} is frozen here since its move to {peer} was committed without an answer"),
         )
         .advice("find out whether it runs there, then `transship resolve`"));
+    }
+    // what is on this node already and only not in its place yet, the shim waits for
+    if let control::MigrationState::Filling { peer, left, .. } = &inspected.migration
+        && *left > 0
+    {
+        return Err(ErrorReport::new(
+            ExitCode::Busy,
+            format!("{} of {id}'s memory are still on {peer}", megabytes(*left)),
+        )
+        .advice("move it on when all of it is here; see `transship ps`")
+        .state(format!("{id} runs on {}", agent.node)));
     }
     if !inspected.execs.is_empty() {
         return Err(ErrorReport::new(

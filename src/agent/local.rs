@@ -163,7 +163,7 @@ async fn write(
     while let Some(event) = events.recv().await {
         match event {
             control::Event::Phase { phase } => reporter.phase(&phase),
-            control::Event::Progress { bytes } => reporter.progress("memory", bytes, None),
+            control::Event::Progress { bytes, total } => reporter.progress("memory", bytes, total),
             control::Event::Warning { message } => reporter.say(Event::Warning { message }),
             control::Event::Done { report } => return Ok(report),
             control::Event::Failed { failure, state } => {
@@ -284,6 +284,7 @@ async fn place(
         limits: agent.config.limits(0, 0, placement.memory_cap),
         netns: placement.netns.clone(),
         net: offer.net.clone(),
+        on_post_copy_failure: offer.on_post_copy_failure,
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
     let warnings = follow(&namespace, &id, request, vec![file.into()], None).await?;

@@ -26,7 +26,7 @@ use crate::{
         image::{Blob, ImageRecord},
         record::Record,
     },
-    migrate::protocol::Failure,
+    migrate::{protocol::Failure, tuning::OnPostCopyFailure},
     net::NetConfig,
 };
 
@@ -155,6 +155,8 @@ pub struct Offer {
     pub silence_seconds: u64,
     /// Largest open-but-deleted file, in bytes; 0: the destination's own limit.
     pub ghost_limit: u64,
+    /// What is to be done if the source is lost while memory still follows (post-copy).
+    pub on_post_copy_failure: OnPostCopyFailure,
 }
 
 /// Why a destination does not want a container.
@@ -199,4 +201,6 @@ pub struct Started {
     pub pid: u32,
     /// What the operator should know.
     pub warnings: Vec<String>,
+    /// Bytes of memory that are still on the source (post-copy).
+    pub left: u64,
 }

@@ -9,7 +9,9 @@
 //! | [`peer`] | dialling another agent |
 //! | [`examine`] | what there is to know of a container before it is moved |
 //! | [`source`] | `migrate`: this node gives a container away |
+//! | [`setback`] | what its operator is told when that fails |
 //! | [`destination`] | this node takes a container |
+//! | [`filling`] | one that runs here while memory of it is still on the source |
 //! | [`placement`] | making a container here step by step |
 //! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
 //! | [`preflight`], [`host`], [`spec`] | does it fit here |
@@ -40,6 +42,7 @@ pub mod api;
 pub mod config;
 pub mod destination;
 pub mod examine;
+pub mod filling;
 pub mod host;
 pub mod layer;
 pub mod leftovers;
@@ -56,6 +59,7 @@ pub mod preflight;
 pub mod ps;
 pub mod reporter;
 pub mod server;
+pub mod setback;
 pub mod source;
 pub mod spec;
 

@@ -1,7 +1,7 @@
 //! What became of migrations whose answer was lost: the destination keeps it, the source asks for it.
 //!
-//! Only what is known for certain is kept: `Runs` once the shim has it running, `Aborted` once everything of it was
-//! undone. A source that is told anything else keeps its container frozen.
+//! Only what is known for certain is kept: `Runs` once the shim has it running with all of its memory, `Aborted` once everything
+//! of it was undone, `Lost` or `GivenBack` once it was killed for memory that was lost. A source that is told anything else keeps its container frozen.
 
 use std::{
     fs,
@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, layer::name, message::Message, peer, placed::Placed};
+use super::{Agent, filling, layer::name, message::Message, peer, placed::Placed};
 use crate::{
     containerd::{Containerd, Namespace, record::Record},
     control::{self, Decision, MigrationState, RUN_DIR},
@@ -28,6 +28,11 @@ pub enum Fate {
     Runs,
     /// Nothing of it is on the destination, and it will never run there.
     Aborted,
+    /// It ran on the destination and was killed there, because memory that was still on the source was lost; its frozen copy is
+    /// to be killed too.
+    Lost,
+    /// The same, and the source shall run it on from its freeze.
+    GivenBack,
     /// It is not known, or not yet.
     #[serde(other)]
     Unknown,
@@ -117,8 +122,8 @@ impl Undecided {
     async fn settle(&self, fate: Fate) -> Result<bool> {
         let (namespace, id) = (self.containerd.name(), &self.record.id);
         let decision = match fate {
-            Fate::Runs => Decision::Moved,
-            Fate::Aborted => Decision::Stay,
+            Fate::Runs | Fate::Lost => Decision::Moved,
+            Fate::Aborted | Fate::GivenBack => Decision::Stay,
             Fate::Unknown => return Ok(false),
         };
         log::info!("{namespace}/{id}: {} says of migration {}: {fate:?}", self.to, self.migration);
@@ -202,6 +207,11 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
                     }
                     continue;
                 }
+                MigrationState::Filling { migration_id, peer, .. }
+                | MigrationState::Lost { migration_id, peer, .. } => {
+                    tokio::spawn(filling::follow(namespace.clone(), record.id, migration_id, peer));
+                    continue;
+                }
                 _ => continue,
             };
             log::warn!("{namespace}/{} is undecided; asking {address}", record.id);
@@ -209,7 +219,7 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
                 Undecided { containerd: containerd.clone(), record, migration: migration_id, to: address };
             let agent = agent.clone();
             tokio::spawn(async move {
-                if undecided.pursue(&agent).await == Fate::Runs {
+                if matches!(undecided.pursue(&agent).await, Fate::Runs | Fate::Lost) {
                     super::source::clean_up(&undecided.containerd, &undecided.record, true, false).await;
                 }
             });

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     containerd::{Containerd, record::Record, task::Task},
     control::{self, Inspected, MigrationState},
+    migrate::{loss::megabytes, tuning::OnPostCopyFailure},
 };
 
 /// Lists the containers of a namespace, or of all.
@@ -72,6 +73,22 @@ fn entry(
         ),
         (Some(MigrationState::Sending { .. }), _) => ("migrating-out".into(), busy.unwrap_or_default()),
         (Some(MigrationState::Receiving { .. }), _) => ("migrating-in".into(), busy.unwrap_or_default()),
+        (Some(MigrationState::Feeding { peer, left, .. }), _) => {
+            ("post-copy".into(), format!("runs on {peer}; {} of its memory are still here", megabytes(*left)))
+        }
+        (Some(MigrationState::Filling { peer, left, .. }), Some(_)) if *left > 0 => (
+            // it runs here, whatever is missing of it
+            shim.map_or("running", |s| s.status.as_str()).to_string(),
+            format!("{} of its memory are still on {peer}", megabytes(*left)),
+        ),
+        (Some(MigrationState::Lost { peer, bytes, choice, .. }), _) => (
+            "lost".into(),
+            format!(
+                "killed: {} of its memory were lost with {peer}; {}",
+                megabytes(*bytes),
+                aftermath(*choice, peer)
+            ),
+        ),
         (Some(MigrationState::Moved { .. }), _) => {
             ("moved".into(), "runs on another node; what is left here is being removed".into())
         }
@@ -89,6 +106,16 @@ fn entry(
         pid: task.map_or(0, |t| t.pid),
         detail,
         from: Placed::load(namespace, &record.id).map(|p| p.from).unwrap_or_default(),
+    }
+}
+
+/// What a loss leaves to do.
+fn aftermath(choice: OnPostCopyFailure, peer: &str) -> String {
+    match choice {
+        OnPostCopyFailure::Kill => "delete it and start it anew".into(),
+        OnPostCopyFailure::Thaw => {
+            format!("{peer} runs it on from its freeze if that node is alive; delete it here")
+        }
     }
 }
 
@@ -137,6 +164,27 @@ mod tests {
         shim.migration =
             MigrationState::Undecided { migration_id: "m".into(), peer: "b".into(), address: String::new() };
         assert_eq!(state(Some(&task), Some(&shim)), "undecided");
+        shim.migration =
+            MigrationState::Filling { migration_id: "m".into(), peer: "node-a".into(), left: 240_000_000 };
+        let filling = entry("default", &record, Some(&task), Some(&shim), None);
+        assert_eq!(
+            (filling.state.as_str(), filling.detail.as_str()),
+            ("running", "240.0 MB of its memory are still on node-a")
+        );
+        shim.migration =
+            MigrationState::Feeding { migration_id: "m".into(), peer: "node-b".into(), left: 1_000_000 };
+        let feeding = entry("default", &record, Some(&task), Some(&shim), None);
+        assert_eq!(
+            (feeding.state.as_str(), feeding.detail.as_str()),
+            ("post-copy", "runs on node-b; 1.0 MB of its memory are still here")
+        );
+        shim.migration = MigrationState::Lost {
+            migration_id: "m".into(),
+            peer: "node-a".into(),
+            bytes: 1_000_000,
+            choice: OnPostCopyFailure::Kill,
+        };
+        assert_eq!(state(Some(&task), Some(&shim)), "lost");
         shim = Inspected { status: "incoming".into(), ..Inspected::default() };
         assert_eq!(state(Some(&task), Some(&shim)), "migrating-in");
     }

@@ -55,6 +55,12 @@ impl Reporter {
         }
     }
 
+    /// A round begins: its progress counts from nothing.
+    pub fn round(&mut self, n: u32, total: Option<u64>) {
+        self.progressed = None;
+        self.say(Event::Round { n, total });
+    }
+
     /// Sends an event.
     pub fn say(&mut self, event: Event) {
         if let Event::Warning { message } = &event {

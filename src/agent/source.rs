@@ -15,15 +15,16 @@ use super::{
     link::{Frame, Link, MAX_DATA},
     message::{Message, Ready, Started},
     netns,
-    outcome::{Fate, Undecided},
+    outcome::Undecided,
     peer::{self, Peer},
     placed::Placed,
     reporter::Reporter,
+    setback::{cancel, failed_here, failed_there, follow_undecided, lost, lost_after},
 };
 use crate::{
     containerd::{Namespace, record::Record},
     control::{self, SendRequest},
-    migrate::{fault, protocol::Failure},
+    migrate::{fault, loss, protocol::Failure, tuning::OnPostCopyFailure},
 };
 
 /// How long the killed task of a container that has left may take to end.
@@ -151,13 +152,6 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     Ok(report)
 }
 
-fn lost(peer: &str, error: &anyhow::Error) -> ErrorReport {
-    match peer::trust_in(error) {
-        Some(problem) => ErrorReport::new(ExitCode::Untrusted, format!("{peer}: {problem}")),
-        None => ErrorReport::new(ExitCode::Unreachable, format!("{peer}: {error:#}")),
-    }
-}
-
 /// From the offer to the destination's `Ready`; serves the blobs that it lacks.
 async fn prepare(
     link: &mut Link,
@@ -192,30 +186,6 @@ async fn prepare(
                 return Err(lost(peer, &error));
             }
         }
-    }
-}
-
-/// The destination failed before the commit.
-fn failed_there(failure: Failure, left: &[String], peer: &str) -> ErrorReport {
-    let mut error = ErrorReport::new(code_of(&failure), failure.message).advice(failure.advice);
-    error.node = if failure.node.is_empty() { peer.into() } else { failure.node };
-    error.phase = failure.phase;
-    if !left.is_empty() {
-        error.state = format!("it runs here as before, but on {peer} this is left: {}", left.join("; "));
-    }
-    error
-}
-
-fn code_of(failure: &Failure) -> ExitCode {
-    if failure.lost {
-        return ExitCode::Unreachable;
-    }
-    match failure.phase.as_str() {
-        phase if phase.contains("restore") => ExitCode::RestoreFailed,
-        "freeze" | "dump" | "dump end" | "files" | "layer" | "sync" => ExitCode::DumpFailed,
-        // reached, but not let in
-        "connect" => ExitCode::Refused,
-        _ => ExitCode::Failed,
     }
 }
 
@@ -270,6 +240,7 @@ async fn send(
             peer: peer.clone(),
             address: request.to.clone(),
             tls: agent.config.pki().material()?,
+            tuning: agent.config.migration.tuning(&request.tuning),
             limits: agent.config.limits(request.silence_seconds, request.ghost_limit, u64::MAX),
         };
         let id = &subject.record.id;
@@ -312,7 +283,13 @@ async fn send(
                 "clean up" => reporter.phase("running"),
                 other => reporter.phase(other),
             },
-            Some(control::Event::Progress { bytes }) => reporter.progress("memory", bytes, None),
+            Some(control::Event::Progress { bytes, total }) => reporter.progress("memory", bytes, total),
+            Some(control::Event::Round { n, total }) => reporter.round(n, total),
+            Some(control::Event::RoundDone { round }) => reporter.say(Event::RoundDone { round }),
+            Some(control::Event::PostCopy { bytes, total }) => {
+                reporter.phase("post-copy");
+                reporter.progress("following", bytes, Some(total));
+            }
             Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
             Some(control::Event::Undecided { message }) => {
                 let undecided = Undecided {
@@ -332,6 +309,11 @@ async fn send(
                 report.shim = serde_json::to_value(&measured).ok();
                 return Ok(early);
             }
+            // a shim that is to thaw says that it is undecided: the copy there must be dead first
+            Some(control::Event::Failed { failure, .. }) if failure.phase == loss::PHASE => {
+                let id = &subject.record.id;
+                return Err(lost_after(failure, OnPostCopyFailure::Kill, agent, &peer, id));
+            }
             Some(control::Event::Failed { failure, state }) => {
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
             }
@@ -347,107 +329,6 @@ async fn send(
             }
         }
     }
-}
-
-/// The commit was sent and its answer lost: asks the destination until it is known what became of the container.
-///
-/// # Errors
-/// It is this node's again, or the operator has decided.
-async fn follow_undecided(
-    agent: &Agent,
-    undecided: &Undecided,
-    message: String,
-    peer: &str,
-    silence: Duration,
-    reporter: &mut Reporter,
-) -> Outcome<()> {
-    let id = &undecided.record.id;
-    let fate = match undecided.ask_soon(agent, silence).await {
-        Some(fate) => fate,
-        None => {
-            // the operator hears of it now; the asking goes on
-            let mut error = ErrorReport::new(ExitCode::Undecided, message);
-            error.node.clone_from(&agent.node);
-            error.phase = "commit".into();
-            error.state =
-                format!("{id} is frozen on {} until it is known whether it runs on {peer}", agent.node);
-            error.advice = format!(
-                "the agent goes on asking {peer}; or look there whether it runs, then `transship resolve {id} --moved` or `--run-here`"
-            );
-            reporter.end(Err(error));
-            undecided.pursue(agent).await
-        }
-    };
-    match fate {
-        Fate::Runs => Ok(()),
-        Fate::Aborted => {
-            let message = format!("{peer} gave up after the commit, before anything of {id} ran there");
-            let mut error = ErrorReport::new(ExitCode::RestoreFailed, message);
-            error.node = peer.into();
-            error.phase = "commit".into();
-            error.state = format!("{id} runs on {} as before; nothing was left on {peer}", agent.node);
-            Err(error)
-        }
-        Fate::Unknown => {
-            Err(ErrorReport::new(ExitCode::Failed, format!("{id} was resolved by the operator"))
-                .state("as the operator decided"))
-        }
-    }
-}
-
-/// The shim gave up before the commit; waits for the destination to have undone its part, to be able to say so.
-async fn failed_here(
-    link: &mut Link,
-    failure: Failure,
-    state: &str,
-    there: Option<Result<(Failure, Vec<String>)>>,
-    agent: &Agent,
-    peer: &str,
-    subject: &Subject,
-) -> ErrorReport {
-    // lost first: that is why this node's shim was asked to give up, or what it met itself
-    let lost_first = there.as_ref().and_then(|heard| heard.as_ref().err()).map(|gone| lost(peer, gone));
-    let there = match there {
-        Some(heard) => heard,
-        None => {
-            cancel(link, &failure.message).await;
-            loop {
-                match link.hear().await {
-                    Ok(Message::Failed { failure, left }) => break Ok((failure, left)),
-                    Ok(_) => {}
-                    Err(error) => break Err(error),
-                }
-            }
-        }
-    };
-    // what the other side met itself says more than that the connection to it broke
-    let failure = match &there {
-        Ok((theirs, _)) if failure.lost && !theirs.lost && theirs.node != agent.node => Failure {
-            node: if theirs.node.is_empty() { peer.into() } else { theirs.node.clone() },
-            ..theirs.clone()
-        },
-        _ => failure,
-    };
-    let mut error = lost_first
-        .unwrap_or_else(|| ErrorReport::new(code_of(&failure), &failure.message).advice(&failure.advice));
-    error.phase = failure.phase;
-    error.node = failure.node;
-    let id = &subject.record.id;
-    let here = match state {
-        "running" => format!("{id} runs on {} as before", agent.node),
-        other => format!("{id} is {other} on {}", agent.node),
-    };
-    let other = match there {
-        Ok((_, left)) if left.is_empty() => format!("nothing was left on {peer}"),
-        Ok((_, left)) => format!("left on {peer}: {}", left.join("; ")),
-        Err(_) => format!("{peer} does not answer, and undoes its part by itself"),
-    };
-    error.state = format!("{here}; {other}");
-    error
-}
-
-async fn cancel(link: &Link, reason: &str) {
-    let _ = link.say(Message::Cancel { reason: reason.into() }).await;
 }
 
 async fn started(link: &mut Link) -> Result<Started> {

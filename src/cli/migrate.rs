@@ -7,11 +7,12 @@ use serde_json::json;
 
 use super::output::{Answer, error_text};
 use super::peer::Peer;
+use super::picture::Picture;
 use super::progress::Progress;
-use super::table::{Align, render};
-use super::{Common, Namespace, ask, unexpected, units};
+use super::summary::summary;
+use super::tuning::Options;
+use super::{Common, Namespace, ask, unexpected};
 use crate::agent::api::{ErrorReport, ExitCode, MigrateRequest, Reply, Report, Request};
-use crate::migrate::report::Report as ShimReport;
 
 /// Move a container to another node.
 ///
@@ -38,24 +39,38 @@ pub struct Migrate {
     /// Largest open-but-deleted file that is carried along, in bytes [default: the agent's]
     #[arg(long, value_name = "BYTES", default_value_t = 0, hide_default_value = true)]
     pub ghost_limit: u64,
+    /// Draw the move's timeline into FILE.svg or FILE.html
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<Picture>,
     /// When it does not run, move it cold without asking
     #[arg(short, long)]
     pub yes: bool,
+    /// How memory moves.
+    #[command(flatten)]
+    pub tuning: Options,
 }
 
 impl Migrate {
     /// Runs it.
     pub fn run(&self, common: &Common) -> Result<Answer, ErrorReport> {
-        match self.attempt(common, self.cold) {
+        // what cannot be written is found out before anything moves
+        let drawing = self.report.as_ref().map(Picture::begin).transpose()?;
+        let (mut report, progress) = match self.attempt(common, self.cold) {
             Err(error) if error.code == ExitCode::NotRunning && !self.cold => {
-                if self.wants_cold(common, &error) {
-                    self.attempt(common, true)
-                } else {
-                    Err(offer_cold(error))
+                if !self.wants_cold(common, &error) {
+                    return Err(offer_cold(error));
                 }
+                self.attempt(common, true)?
             }
-            other => other,
+            other => other?,
+        };
+        if let Some(Err(error)) = drawing.map(|drawing| drawing.write(&report)) {
+            report.warnings.push(error);
         }
+        let unseen: Vec<_> =
+            report.warnings.iter().filter(|w| !progress.warnings.contains(w)).cloned().collect();
+        let text = summary(&report, &progress.phases, &unseen);
+        Ok(Answer::new(json!({ "report": report }), text))
     }
 
     fn wants_cold(&self, common: &Common, error: &ErrorReport) -> bool {
@@ -69,7 +84,7 @@ impl Migrate {
         ask::yes(&format!("Move {} to {} cold, without memory?", self.container, self.to))
     }
 
-    fn attempt(&self, common: &Common, cold: bool) -> Result<Answer, ErrorReport> {
+    fn attempt(&self, common: &Common, cold: bool) -> Result<(Report, Progress), ErrorReport> {
         let request = Request::Migrate(MigrateRequest {
             namespace: self.namespace.or_default(),
             container: self.container.clone(),
@@ -78,15 +93,11 @@ impl Migrate {
             ignore_cpu: self.ignore_cpu,
             silence_seconds: self.silence,
             ghost_limit: self.ghost_limit,
+            tuning: self.tuning.asked(),
         });
         let mut progress = Progress::new(common.json);
         match common.call(&request, &mut progress)? {
-            Reply::Migrated(report) => {
-                let unseen: Vec<_> =
-                    report.warnings.iter().filter(|w| !progress.warnings.contains(w)).cloned().collect();
-                let text = summary(&report, &progress.phases, &unseen);
-                Ok(Answer::new(json!({ "report": report }), text))
-            }
+            Reply::Migrated(report) => Ok((*report, progress)),
             other => Err(unexpected(&other)),
         }
     }
@@ -103,64 +114,13 @@ fn offer_cold(mut error: ErrorReport) -> ErrorReport {
     error
 }
 
-/// The table at the end. `began`: phases with the millisecond in which this command heard of them.
-fn summary(report: &Report, began: &[(String, u64)], warnings: &[String]) -> String {
-    let mut rows = Vec::new();
-    let mut sum = 0.0;
-    for phase in &report.phases {
-        // What was heard is exact; without it (a name that was not announced) the phases follow each other.
-        let start = began.iter().find(|(n, _)| *n == phase.name).map_or(sum, |(_, at)| *at as f64);
-        sum = start + phase.ms;
-        rows.push(vec![phase.name.clone(), format!("{start:.0}"), format!("{:.1}", phase.ms)]);
-    }
-    let shim = report.shim.as_ref().and_then(|v| serde_json::from_value::<ShimReport>(v.clone()).ok());
-    if let Some(shim) = &shim {
-        for (side, phases) in [("source", &shim.phases), ("dest", &shim.destination_phases)] {
-            for phase in phases {
-                rows.push(vec![
-                    format!("  {side}: {}", phase.name),
-                    format!("{:.0}", phase.start_ms),
-                    format!("{:.1}", phase.ms),
-                ]);
-            }
-        }
-    }
-    let columns = [("phase", Align::Left), ("start", Align::Right), ("ms", Align::Right)];
-    let mut text = if rows.is_empty() { String::new() } else { render(&columns, &rows) + "\n" };
-    // Bytes flow between the shims: their own time says how fast, not the agent's preparations.
-    let sending = shim.as_ref().map_or(report.total_ms, |s| s.total_ms);
-    let rate = units::per_second(report.bytes_sent, sending)
-        .map(|r| format!(" ({}/s)", units::bytes(r)))
-        .unwrap_or_default();
-    if report.cold {
-        text.push_str(&format!("sent    {}{rate}, cold\n", units::bytes(report.bytes_sent)));
-    } else {
-        text.push_str(&format!("freeze  {}\n", units::ms(report.freeze_ms)));
-        text.push_str(&format!("sent    {}{rate}\n", units::bytes(report.bytes_sent)));
-    }
-    if report.blob_bytes > 0 {
-        text.push_str(&format!("image   {}\n", units::bytes(report.blob_bytes)));
-    }
-    for warning in warnings {
-        text.push_str(&format!("warning: {warning}\n"));
-    }
-    let what = if report.cold { "lies" } else { "runs" };
-    text.push_str(&format!(
-        "{} {what} on {} now (from {}, {})\n",
-        report.container,
-        report.to,
-        report.from,
-        units::ms(report.total_ms)
-    ));
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
     use crate::agent::api::{Event, PhaseTime, read_frame, write_frame};
+    use crate::migrate::tuning::Mode;
 
     fn report() -> Report {
         let phase = |name: &str, ms| PhaseTime { name: name.into(), ms };
@@ -174,51 +134,6 @@ mod tests {
             phases: vec![phase("preflight", 12.0), phase("prepare", 300.0), phase("transfer", 500.0)],
             ..Report::default()
         }
-    }
-
-    #[test]
-    fn the_table_on_fixed_input() {
-        let began =
-            [("preflight".to_string(), 0), ("prepare".to_string(), 12), ("transfer".to_string(), 312)];
-        assert_eq!(
-            summary(&report(), &began, &["the clock jumped".into()]),
-            "\
-phase      start     ms
-preflight      0   12.0
-prepare       12  300.0
-transfer     312  500.0
-
-freeze  231.4 ms
-sent    268.4 MB (330.6 MB/s)
-warning: the clock jumped
-redis runs on node-b now (from node-a, 812.0 ms)
-"
-        );
-    }
-
-    #[test]
-    fn without_events_phases_follow_each_other_and_the_shims_are_shown() {
-        let mut report = report();
-        report.shim = Some(json!({
-            "migration_id": "m", "freeze_ms": 231.4, "total_ms": 400.0, "bytes_sent": 1,
-            "phases": [{ "name": "dump", "start_ms": 1.0, "ms": 58.0 }],
-            "destination_phases": [{ "name": "restore", "start_ms": 60.0, "ms": 20.0 }],
-        }));
-        let text = summary(&report, &[], &[]);
-        assert!(text.contains("transfer           312  500.0\n"), "{text}");
-        assert!(text.contains("  source: dump       1   58.0\n"), "{text}");
-        assert!(text.contains("  dest: restore     60   20.0\n"), "{text}");
-        assert!(text.contains("(671.1 MB/s)"), "{text}");
-    }
-
-    #[test]
-    fn a_report_of_an_unknown_shape_is_no_obstacle() {
-        let report = Report { shim: Some(json!("?")), phases: vec![], cold: true, ..report() };
-        let text = summary(&report, &[], &[]);
-        assert!(
-            text.starts_with("sent ") && text.contains("cold") && text.contains("lies on node-b"),
-            "{text}"
-        );
     }
 
     /// An agent that answers one connection after the other; what it was asked comes back.
@@ -246,6 +161,8 @@ redis runs on node-b now (from node-a, 812.0 ms)
             ignore_cpu: true,
             silence: 7,
             ghost_limit: 0,
+            tuning: Options { mode: Some(Mode::PreCopy), ..Options::default() },
+            report: None,
             yes,
         };
         (common, migrate)
@@ -268,6 +185,7 @@ redis runs on node-b now (from node-a, 812.0 ms)
         assert_eq!((first.cold, second.cold), (false, true));
         assert_eq!((first.to.as_str(), first.namespace.as_str()), ("node-b:7420", "k8s.io"));
         assert_eq!((first.ignore_cpu, first.silence_seconds), (true, 7));
+        assert_eq!((first.tuning.mode, first.tuning.compress), (Some(Mode::PreCopy), None));
 
         let socket = dir.path().join("no.sock");
         let agent = fake_agent(&socket, vec![stopped()]);
@@ -276,6 +194,34 @@ redis runs on node-b now (from node-a, 812.0 ms)
         assert_eq!(error.code, ExitCode::NotRunning);
         assert!(error.advice.contains("--cold"), "{}", error.advice);
         assert_eq!(agent.join().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_timeline_is_drawn_where_it_was_asked_for_and_nothing_is_left_of_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let picture = dir.path().join("move.html");
+        let socket = dir.path().join("good.sock");
+        let moved = Event::Done { reply: Reply::Migrated(Box::new(report())) };
+        let agent = fake_agent(&socket, vec![moved]);
+        let (common, mut verb) = migrate(&socket, true);
+        verb.report = Some(picture.to_str().unwrap().parse().unwrap());
+        verb.run(&common).unwrap();
+        agent.join().unwrap();
+        assert!(std::fs::read_to_string(&picture).unwrap().contains("redis: node-a to node-b"));
+
+        let socket = dir.path().join("bad.sock");
+        let failed = Event::Failed { error: ErrorReport::new(ExitCode::Lost, "12.0 MB were lost") };
+        let agent = fake_agent(&socket, vec![failed]);
+        let (common, mut verb) = migrate(&socket, true);
+        verb.report = Some(dir.path().join("never.svg").to_str().unwrap().parse().unwrap());
+        assert_eq!(verb.run(&common).unwrap_err().code, ExitCode::Lost);
+        agent.join().unwrap();
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|f| f.file_name()).collect();
+        assert_eq!(left.len(), 3, "two sockets and one picture: {left:?}");
+
+        let (_, mut verb) = migrate(&socket, true);
+        verb.report = Some("/nonexistent/x.svg".parse().unwrap());
+        assert_eq!(verb.run(&common).unwrap_err().code, ExitCode::Usage);
     }
 
     #[test]

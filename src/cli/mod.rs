@@ -7,8 +7,11 @@
 //! | [`exit`] | exit statuses, as the help and the README show them |
 //! | [`output`] | the end of every command: one JSON object, or words for a person |
 //! | [`progress`] | phases and bytes while the agent works |
+//! | [`summary`], [`tables`] | what a move came to: words and tables |
+//! | [`timeline`], [`picture`] | the same drawn; the file that it goes to |
 //! | [`table`], [`units`] | columns; bytes and milliseconds in words |
 //! | [`peer`] | `HOST[:PORT]` |
+//! | [`tuning`] | the options of a live migration |
 //! | [`ask`] | a question on the terminal |
 //!
 //! Results go to stdout, progress and errors to stderr. With `--json` stdout carries exactly one line: one object, also for
@@ -23,11 +26,16 @@ pub mod exit;
 pub mod migrate;
 pub mod output;
 pub mod peer;
+pub mod picture;
 pub mod progress;
 pub mod ps;
 pub mod resolve;
 pub mod restore;
+pub mod summary;
 pub mod table;
+pub mod tables;
+pub mod timeline;
+pub mod tuning;
 pub mod units;
 pub mod version;
 
@@ -216,6 +224,8 @@ mod tests {
         for line in [
             "transship migrate redis --to node-b",
             "transship migrate redis --to [::1]:7420 -n k8s.io --cold --ignore-cpu --yes --json",
+            "transship migrate redis --to b --mode pre-copy --max-downtime 1s --bandwidth 1Gbit/s --compress zstd",
+            "transship migrate redis --to b --on-post-copy-failure thaw --bandwidth unlimited --report r.svg",
             "transship checkpoint redis --output /tmp/x --stop --json",
             "transship restore /tmp/x --name other",
             "transship ps --json",
@@ -239,6 +249,12 @@ mod tests {
         for line in [
             "transship migrate redis",
             "transship migrate redis --to node-b:port",
+            "transship migrate redis --to b --mode sideways",
+            "transship migrate redis --to b --max-downtime 300",
+            "transship migrate redis --to b --bandwidth 0MB/s",
+            "transship migrate redis --to b --compress gzip",
+            "transship migrate redis --to b --report r.pdf",
+            "transship migrate redis --to b --on-post-copy-failure panic",
             "transship checkpoint redis",
             "transship resolve redis",
             "transship resolve redis --run-here --moved",

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::migrate::protocol::Failure;
-use crate::migrate::report::Report;
+use crate::migrate::report::{Report, Round};
+use crate::migrate::tuning::{OnPostCopyFailure, Tuning};
 use crate::net::NetConfig;
 
 pub mod client;
@@ -125,6 +126,9 @@ pub struct SendRequest {
     /// Where the destination's agent is, for who asks it what became of the migration.
     #[serde(default)]
     pub address: String,
+    /// What the operator chose.
+    #[serde(default)]
+    pub tuning: Tuning,
     /// This node's certificate.
     pub tls: TlsMaterial,
     /// Limits.
@@ -155,6 +159,9 @@ pub struct ReceiveRequest {
     /// What to announce once the tasks run.
     #[serde(default)]
     pub net: Option<NetConfig>,
+    /// What is to be done if the source is lost while memory still follows.
+    #[serde(default)]
+    pub on_post_copy_failure: OnPostCopyFailure,
 }
 
 /// See [`Request::Checkpoint`].
@@ -183,10 +190,33 @@ pub enum Event {
         /// Its name, as in [`crate::migrate::report::Phase`].
         phase: String,
     },
-    /// Bytes sent or received so far.
+    /// How far the phase or the round is.
     Progress {
-        /// In bytes.
+        /// Bytes of it done; where no total is known, bytes sent or received since the start of the migration.
         bytes: u64,
+        /// Bytes of it in all, as far as known.
+        #[serde(default)]
+        total: Option<u64>,
+    },
+    /// A round of copying begins, the container running.
+    Round {
+        /// Counted from 1.
+        n: u32,
+        /// Bytes of memory in it, as far as known; its [`Event::Progress`] counts against them.
+        #[serde(default)]
+        total: Option<u64>,
+    },
+    /// A round ended.
+    RoundDone {
+        /// What it did.
+        round: Round,
+    },
+    /// The container runs on the destination; this much of its memory has followed.
+    PostCopy {
+        /// Bytes that have followed.
+        bytes: u64,
+        /// Bytes in all.
+        total: u64,
     },
     /// Something worth telling that is no failure.
     Warning {
@@ -284,6 +314,36 @@ pub enum MigrationState {
     Arrived {
         /// The migration.
         migration_id: String,
+    },
+    /// It runs here, and memory of it is still on the source (post-copy, destination). It cannot be moved again until it is
+    /// [`MigrationState::Arrived`].
+    Filling {
+        /// The migration.
+        migration_id: String,
+        /// The source.
+        peer: String,
+        /// Bytes that are still there.
+        left: u64,
+    },
+    /// It runs on the destination, and memory of it is still here (post-copy, source): frozen and needed.
+    Feeding {
+        /// The migration.
+        migration_id: String,
+        /// The destination.
+        peer: String,
+        /// Bytes that are still here.
+        left: u64,
+    },
+    /// Memory that was still on the source was lost in the post-copy: the container was killed here.
+    Lost {
+        /// The migration.
+        migration_id: String,
+        /// The other node.
+        peer: String,
+        /// Bytes that were lost.
+        bytes: u64,
+        /// What was chosen for this case: nothing more, or that the source runs it on from its freeze.
+        choice: OnPostCopyFailure,
     },
 }
 

@@ -10,21 +10,28 @@
 //!
 //! The tasks must be in a frozen cgroup before; they are in it, frozen, when this returns, whether it succeeded or not.
 //! What the images mean is CRIU's business, where pages and files go the caller's.
+//!
+//! With [`MemoryMode::Parent`] CRIU does not touch memory: it is told that there are parent images which have every clean page, and that
+//! no page is dirty. What it then reports is the list of pages that belong to the container; their content is the caller's.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::kdat::MountPoint;
 use super::log;
 use super::page_server::{PageServer, PageSink};
+use super::parent::Parent;
 use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
-use super::swrk::{Spawn, Swrk};
+use super::swrk::{Run, Spawn, Swrk};
 use super::version::Criu;
+use crate::cgroup::Freezer;
 
 /// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
 const IDLE_MS: u16 = 1000;
@@ -45,10 +52,48 @@ pub struct DumpRequest<'a> {
     /// extra names exist that CRIU gives to unlinked files (`link_remap.N`): the writable layer has to be read here, or
     /// at least those names kept. An error makes the dump fail.
     pub on_post_dump: Option<&'a mut dyn FnMut() -> Result<()>>,
+}
+
+/// What becomes of a container's memory in a dump.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryMode {
+    /// Everything that is not zero comes as [`PageEvent::Pages`](super::PageEvent::Pages).
+    #[default]
+    Full,
+    /// Nothing is read: pages come as [`PageEvent::Hole`](super::PageEvent::Hole) with `PE_PARENT`. Those of mappings without
+    /// PROT_READ, of asynchronous I/O, of huge pages (hugetlb) and of shared memory come with their bytes all the same.
+    Parent,
+}
+
+/// With what a dump's CRIU is started, which may be long before the dump.
+#[derive(Default)]
+pub struct Worker<'a> {
+    /// What becomes of memory. [`MemoryMode::Parent`] only where [`Criu::memory_modes`] says so.
+    pub memory: MemoryMode,
     /// Run CRIU inside this network namespace. Only for a restore that is started inside its counterpart as well.
     pub netns: Option<BorrowedFd<'a>>,
     /// Directory to put first in CRIU's PATH.
     pub path_first: Option<&'a Path>,
+}
+
+/// A CRIU that waits to be told what to dump. Dropping it ends it.
+pub struct PreparedDump {
+    criu: Criu,
+    worker: Swrk,
+    pages: PageServer,
+    /// The number of the page socket in the worker.
+    pages_fd: i32,
+    memory: Memory,
+}
+
+/// What a worker of [`MemoryMode::Parent`] stands on.
+enum Memory {
+    Full,
+    /// The kernel has soft-dirty bits: they are cleared before the dump.
+    SoftDirty,
+    /// CRIU takes a copy of its cache for the truth: the copy, and what it is mounted on.
+    Kdat(tempfile::NamedTempFile, #[allow(dead_code, reason = "lives as long as the mount")] MountPoint),
 }
 
 /// What a dump took.
@@ -79,32 +124,89 @@ pub struct DumpFailed {
 }
 
 impl Criu {
-    /// Dumps a frozen process tree. CRIU is never stopped half-way: when `on_pages` or `on_post_dump` fails, the rest is drained, CRIU
-    /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
+    /// Starts CRIU for one dump, ahead of it: what costs time and does not need the tasks to stand still.
+    pub fn prepare_dump(&self, how: &Worker<'_>) -> Result<PreparedDump> {
+        let (mut pages, theirs) = PageServer::pair()?;
+        pages.parent = how.memory == MemoryMode::Parent;
+        let memory = match how.memory {
+            MemoryMode::Full => Memory::Full,
+            MemoryMode::Parent => {
+                let kdat = self.kdat()?;
+                if kdat.soft_dirty {
+                    Memory::SoftDirty
+                } else {
+                    let mut copy =
+                        tempfile::NamedTempFile::new().context("making a file for CRIU's kerndat")?;
+                    copy.write_all(&kdat.with_soft_dirty()).context("writing CRIU's kerndat")?;
+                    Memory::Kdat(copy, MountPoint::new()?)
+                }
+            }
+        };
+        let spawn = Spawn {
+            keep: vec![theirs.as_fd()],
+            netns: how.netns,
+            path_first: how.path_first,
+            run: match &memory {
+                Memory::Kdat(copy, _) => Run::Kdat(copy.path()),
+                _ => Run::Shared,
+            },
+            ..Spawn::default()
+        };
+        let worker = Swrk::spawn(&self.path, &spawn)?;
+        let pages_fd = theirs.as_raw_fd();
+        Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory })
+    }
+
+    /// Starts CRIU and dumps everything: see [`PreparedDump::dump`].
     pub fn dump(&self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
         let begun = Instant::now();
+        let prepared = self.prepare_dump(&Worker::default())?;
+        let spawn = begun.elapsed();
+        let stats = prepared.dump(request, on_pages)?;
+        Ok(DumpStats { spawn, total: stats.total + spawn, ..stats })
+    }
+}
+
+impl PreparedDump {
+    /// CRIU's pid.
+    pub fn pid(&self) -> i32 {
+        self.worker.pid().as_raw()
+    }
+
+    /// Dumps a frozen process tree. CRIU is never stopped half-way: when `on_pages` or `on_post_dump` fails, the rest is drained, CRIU
+    /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
+    pub fn dump(self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
+        let begun = Instant::now();
+        let Self { criu, worker, mut pages, pages_fd, memory } = self;
         super::stdio::write(request.images_dir, request.descriptors)?;
         let open = |dir: &Path| File::open(dir).with_context(|| format!("opening {}", dir.display()));
         let (images, work) = (open(request.images_dir)?, open(request.work_dir)?);
-        let (mut pages, theirs) = PageServer::pair()?;
 
         let mut opts = request.opts.clone();
         opts.images_dir_fd = images.as_raw_fd();
         opts.work_dir_fd = Some(work.as_raw_fd());
         opts.log_file = Some(LOG_FILE.to_owned());
         opts.notify_scripts = Some(request.on_post_dump.is_some());
-        opts.ps = Some(PageServerInfo { fd: Some(theirs.as_raw_fd()), ..PageServerInfo::default() });
-
-        let spawn = Spawn {
-            keep: vec![theirs.as_fd()],
-            netns: request.netns,
-            path_first: request.path_first,
-            ..Spawn::default()
+        opts.ps = Some(PageServerInfo { fd: Some(pages_fd), ..PageServerInfo::default() });
+        let parent = match memory {
+            Memory::Full => None,
+            _ => Some(Parent::create(request.work_dir, request.images_dir)?),
         };
-        let worker = Swrk::spawn(&self.path, &spawn)?;
-        drop(theirs);
+        if let Some(parent) = &parent {
+            opts.parent_img = Some(parent.path()?);
+            opts.track_mem = Some(true);
+        }
+        match &memory {
+            Memory::Full => {}
+            Memory::SoftDirty => forget_writes(&opts)?,
+            Memory::Kdat(copy, _) => ensure!(
+                is_mounted(copy, worker.pid().as_raw()),
+                "another CRIU has removed {} meanwhile",
+                super::kdat::PATH
+            ),
+        }
         worker.send(&CriuReq::with_opts(ReqType::Dump, opts))?;
-        let mut stats = DumpStats { spawn: begun.elapsed(), ..DumpStats::default() };
+        let mut stats = DumpStats::default();
 
         let mut failure: Option<Error> = None;
         let mut timed_sink = |event: super::page_server::PageEvent<'_>| {
@@ -149,6 +251,8 @@ impl Criu {
         stats.in_post_dump = in_post_dump;
         stats.page_bytes = pages.bytes();
         stats.total = begun.elapsed();
+        // its link is no image
+        drop(parent);
 
         // The caller's own failure first: CRIU's is then only its consequence.
         if let Some(e) = pages.take_failure().or(failure) {
@@ -169,10 +273,36 @@ impl Criu {
                     .map(|a| a.cr_errmsg.unwrap_or_else(|| format!("errno {}", a.cr_errno.unwrap_or(0))));
                 let finding =
                     found.unwrap_or_else(|| log::Finding::new(&said.unwrap_or_else(|e| e.to_string())));
-                Err(DumpFailed { finding, version: self.version, log: log.display().to_string() }.into())
+                Err(DumpFailed { finding, version: criu.version, log: log.display().to_string() }.into())
             }
         }
     }
+}
+
+/// Is the worker's cache still the copy? Another build of CRIU removes a cache that is not its own, and every mount on it with it.
+fn is_mounted(copy: &tempfile::NamedTempFile, worker: i32) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let inode = |m: std::io::Result<std::fs::Metadata>| m.ok().map(|m| (m.dev(), m.ino()));
+    let seen = inode(std::fs::metadata(format!("/proc/{worker}/root{}", super::kdat::PATH)));
+    seen.is_some() && seen == inode(copy.as_file().metadata())
+}
+
+/// Clears the soft-dirty bits of all that is to be dumped, so that nothing counts as written.
+fn forget_writes(opts: &CriuOpts) -> Result<()> {
+    let pid = opts.pid.context("no init to dump")?;
+    let pids = match opts.freeze_cgroup {
+        Some(_) => Freezer::of_pid(pid)?.pids()?,
+        None => [pid].into(),
+    };
+    for pid in pids {
+        match std::fs::write(format!("/proc/{pid}/clear_refs"), "4") {
+            Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {
+                return Err(e).with_context(|| format!("clearing the soft-dirty bits of {pid}"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Waits for either socket; pages that CRIU will send no more are not waited for.

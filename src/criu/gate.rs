@@ -1,4 +1,5 @@
-//! The gates themselves: what the shim's executable does when it is called as `<bundle>/gate/criu` or `<bundle>/gate/action`.
+//! The gates themselves: what the shim's executable does when it is called as `<bundle>/gate/criu` or `<bundle>/gate/action`,
+//! and, because this is where it finds out what it was called as, as [`super::tar`].
 //!
 //! - `criu` stands first in runc's PATH. runc starts it as `criu swrk 3` with the RPC socket as descriptor 3. If the request that waits there is
 //!   RESTORE, it says so on the gate's socket and waits for the answer; in any case it then becomes the real CRIU (same process).
@@ -44,11 +45,17 @@ pub(super) struct Hello {
 }
 
 /// The shim's answer.
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub(super) struct Go {
     pub go: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub netns: Option<PathBuf>,
+    /// Directory to put first in CRIU's PATH.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_first: Option<PathBuf>,
+    /// Restore without transparent huge pages.
+    #[serde(default)]
+    pub small_pages: bool,
 }
 
 /// Runs as a gate if that is what this process was started as; `None` for every other start. To be called first thing in main.
@@ -56,6 +63,12 @@ pub fn main_if_invoked() -> Option<ExitCode> {
     // runc calls us by the bare name `criu`, so argv[0] does not tell where we are; the path given to execve does.
     let executable = exec_path()?;
     let (dir, name) = (executable.parent()?.to_owned(), executable.file_name()?.to_owned());
+    if super::tar::is_ours(&executable) {
+        return Some(super::tar::main(&executable).unwrap_or_else(|e| {
+            eprintln!("tar: {e:#}");
+            ExitCode::FAILURE
+        }));
+    }
     if (name != CRIU && name != ACTION) || !dir.join(REAL_CRIU).is_file() {
         return None;
     }
@@ -103,7 +116,7 @@ fn criu(dir: &Path) -> Result<ExitCode> {
     let real = std::fs::read(dir.join(REAL_CRIU)).context("reading which CRIU to run")?;
     let mut command = Command::new(OsStr::from_bytes(&real));
     command.arg0(CRIU).args(std::env::args_os().skip(1));
-    command.env("PATH", without(dir, std::env::var_os("PATH").unwrap_or_default()));
+    let mut path = without(dir, std::env::var_os("PATH").unwrap_or_default());
     if is_restore()? {
         if refused_already(dir) {
             return Ok(ExitCode::FAILURE);
@@ -116,8 +129,23 @@ fn criu(dir: &Path) -> Result<ExitCode> {
             let fd = std::fs::File::open(&netns).with_context(|| format!("opening {}", netns.display()))?;
             setns(fd, CloneFlags::CLONE_NEWNET).with_context(|| format!("entering {}", netns.display()))?;
         }
+        if let Some(first) = answer.path_first {
+            path = super::swrk::prepend_path(&first, Some(&path));
+        }
+        if answer.small_pages {
+            small_pages()?;
+        }
     }
+    command.env("PATH", path);
     Err(command.exec()).with_context(|| format!("running {}", OsStr::from_bytes(&real).display()))
+}
+
+/// Inherited by CRIU and by the tasks that it makes; its restorer gives each task back what the task had.
+fn small_pages() -> Result<()> {
+    // SAFETY: PR_SET_THP_DISABLE takes numbers.
+    let done = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    ensure!(done == 0, "switching transparent huge pages off: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// Looks at the request without taking it. A RESTORE begins with field 1 (type), value 2; VERSION and FEATURE_CHECK with others.

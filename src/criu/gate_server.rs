@@ -46,9 +46,25 @@ impl Wait<'_> {
     }
 }
 
+/// With what CRIU starts when the first gate opens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening<'a> {
+    /// Inside this network namespace: only for a dump that was made inside its counterpart.
+    pub netns: Option<&'a Path>,
+    /// With lazy pages: CRIU connects to `lazy-pages.socket` in its work directory at once, so the page daemon listens there by now.
+    /// runc need not know of it. Transparent huge pages are off during the restore: in a mapping with pages of both kinds a huge page
+    /// would cover lazy pages too, which then would never fault.
+    pub lazy_pages: bool,
+    /// With this directory first in PATH (a faster `tar`).
+    pub path_first: Option<&'a Path>,
+    /// With this log level instead of runc's 4.
+    pub log_level: Option<u8>,
+}
+
 /// The gates of one restore.
 pub struct GateServer {
     dir: PathBuf,
+    conf: String,
     listener: UnixListener,
     held: Option<UnixStream>,
     answered: bool,
@@ -66,16 +82,17 @@ impl GateServer {
             symlink(program, dir.join(CRIU))?;
             symlink(program, dir.join(ACTION))?;
             fs::write(dir.join(REAL_CRIU), criu.as_os_str().as_encoded_bytes())?;
-            // CRIU splits values at white space: quote.
-            let action = dir.join(ACTION);
-            fs::write(bundle.join(CRIU_CONF), format!("{conf}\naction-script \"{}\"\n", action.display()))
+            Ok(())
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
+        // CRIU splits values at white space: quote.
+        let conf = format!("{conf}\naction-script \"{}\"\n", dir.join(ACTION).display());
+        write_conf(&dir, &conf)?;
         // Bundle paths may be longer than a socket's address: the directory is named by a descriptor.
         let at = fs::File::open(&dir).with_context(|| format!("opening {}", dir.display()))?;
         let listener = UnixListener::bind(via_fd(at.as_fd(), SOCKET)).context("binding the gates' socket")?;
         listener.set_nonblocking(true).context("the gates' socket")?;
-        Ok(Self { dir, listener, held: None, answered: false })
+        Ok(Self { dir, conf, listener, held: None, answered: false })
     }
 
     /// The directory to put first in runc's PATH.
@@ -98,12 +115,33 @@ impl GateServer {
 
     /// Lets CRIU restore.
     pub fn open_restore(&mut self) -> Result<()> {
-        self.reply(true, None)
+        self.open_restore_with(&Opening::default())
     }
 
     /// Lets CRIU restore, inside this network namespace.
     pub fn open_restore_in(&mut self, netns: &Path) -> Result<()> {
-        self.reply(true, Some(netns))
+        self.open_restore_with(&Opening { netns: Some(netns), ..Opening::default() })
+    }
+
+    /// Lets CRIU restore in this way.
+    pub fn open_restore_with(&mut self, how: &Opening<'_>) -> Result<()> {
+        // CRIU reads it when it looks at runc's request, which is after this gate; what it says wins over the request.
+        let mut conf = self.conf.clone();
+        if how.lazy_pages {
+            conf += "lazy-pages\n";
+        }
+        if let Some(level) = how.log_level {
+            conf += &format!("verbosity {level}\n");
+        }
+        if conf != self.conf {
+            write_conf(&self.dir, &conf)?;
+        }
+        self.reply(&Go {
+            go: true,
+            netns: how.netns.map(Path::to_owned),
+            path_first: how.path_first.map(Path::to_owned),
+            small_pages: how.lazy_pages,
+        })
     }
 
     /// Waits until the tasks are complete. They have not run.
@@ -120,14 +158,14 @@ impl GateServer {
     /// Lets the tasks run.
     pub fn open_run(&mut self) -> Result<()> {
         self.final_answer(true)?;
-        self.reply(true, None)
+        self.reply(&Go { go: true, ..Go::default() })
     }
 
     /// Has the restore fail, at whichever gate it is held or arrives later; CRIU kills the tasks if there are any.
     pub fn refuse(&mut self) -> Result<()> {
         self.final_answer(false)?;
         match self.held {
-            Some(_) => self.reply(false, None),
+            Some(_) => self.reply(&Go::default()),
             None => Ok(()),
         }
     }
@@ -143,10 +181,9 @@ impl GateServer {
         Ok(())
     }
 
-    fn reply(&mut self, go: bool, netns: Option<&Path>) -> Result<()> {
+    fn reply(&mut self, answer: &Go) -> Result<()> {
         let mut held = self.held.take().context("no restore is held at a gate")?;
-        let mut line = serde_json::to_vec(&Go { go, netns: netns.map(Path::to_owned) })
-            .context("encoding a gate's answer")?;
+        let mut line = serde_json::to_vec(answer).context("encoding a gate's answer")?;
         line.push(b'\n');
         held.write_all(&line).context("answering a gate")
     }
@@ -216,6 +253,12 @@ impl Drop for GateServer {
         }
         // A connection that was never answered reads EOF, which is a refusal.
     }
+}
+
+/// The gates' directory is in the bundle.
+fn write_conf(gates: &Path, conf: &str) -> Result<()> {
+    let path = gates.with_file_name(CRIU_CONF);
+    fs::write(&path, conf).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Removes the gates of a bundle. Fine when there are none. Not before runc has ended.

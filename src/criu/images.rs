@@ -18,7 +18,7 @@ use super::page_server::{ImageKind, PE_PRESENT, PageEvent, page_size};
 pub(super) const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 /// No dump has more tasks and shared segments than this.
-const IMAGES_CAP: usize = 1 << 20;
+pub(super) const IMAGES_CAP: usize = 1 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 struct PagemapHead {
@@ -27,17 +27,17 @@ struct PagemapHead {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-struct PagemapEntry {
+pub(super) struct PagemapEntry {
     #[prost(uint64, required, tag = "1")]
-    vaddr: u64,
+    pub vaddr: u64,
     /// The only count that CRIU before 4.2 knows.
     #[prost(uint32, required, tag = "2")]
-    compat_nr_pages: u32,
+    pub compat_nr_pages: u32,
     #[prost(uint32, optional, tag = "4")]
-    flags: Option<u32>,
+    pub flags: Option<u32>,
     /// The count that CRIU from 4.2 on takes if it is there.
     #[prost(uint64, optional, tag = "5")]
-    nr_pages: Option<u64>,
+    pub nr_pages: Option<u64>,
 }
 
 /// May a peer's image be stored under this name? One component of plain characters, as all of CRIU's own names are.
@@ -68,9 +68,12 @@ pub fn is_memory_image(name: &str) -> bool {
     name.ends_with(".img") && (name.starts_with("pagemap-") || name.starts_with("pages-"))
 }
 
-struct Open {
+/// The two files of one memory image, written in the order of addresses.
+pub(super) struct MemoryImage {
     pagemap: BufWriter<File>,
-    pages: File,
+    /// The bytes of present pages are appended here, by whoever calls [`MemoryImage::run`] for them.
+    pub pages: File,
+    page_size: u64,
     /// The run that grows.
     run: Option<(u64, u64, u32)>,
 }
@@ -81,7 +84,7 @@ pub struct PageStore {
     page_size: u64,
     next_pages_id: u32,
     seen: HashSet<(ImageKind, u64)>,
-    open: Option<Open>,
+    open: Option<MemoryImage>,
     bytes: u64,
     cap: u64,
 }
@@ -115,13 +118,12 @@ impl PageStore {
                 self.bytes += bytes.len() as u64;
                 ensure!(self.bytes <= self.cap, "the memory is larger than the {} bytes announced", self.cap);
                 let open = self.current()?;
-                open.run(vaddr, bytes.len() as u64 / size, flags, size)?;
+                open.run(vaddr, bytes.len() as u64 / size, flags)?;
                 open.pages.write_all(bytes).context("writing pages")
             }
             PageEvent::Hole { vaddr, pages, flags } => {
                 ensure!(flags & PE_PRESENT == 0, "a hole with flags {flags:#x}");
-                let size = self.page_size;
-                self.current()?.run(vaddr, pages, flags, size)
+                self.current()?.run(vaddr, pages, flags)
             }
             PageEvent::Idle => Ok(()),
             PageEvent::Close => self.open.take().context("a memory image ends that was not begun")?.close(),
@@ -141,7 +143,7 @@ impl PageStore {
         Ok(self.bytes)
     }
 
-    fn current(&mut self) -> Result<&mut Open> {
+    fn current(&mut self) -> Result<&mut MemoryImage> {
         self.open.as_mut().context("pages outside a memory image")
     }
 
@@ -149,6 +151,15 @@ impl PageStore {
         ensure!(self.open.is_none(), "a memory image begins inside another");
         ensure!(self.seen.len() < IMAGES_CAP, "more than {IMAGES_CAP} memory images");
         ensure!(self.seen.insert((kind, id)), "the memory image {kind:?} {id} comes twice");
+        self.open = Some(MemoryImage::create(&self.dir, kind, id, self.next_pages_id)?);
+        self.next_pages_id += 1;
+        Ok(())
+    }
+}
+
+impl MemoryImage {
+    /// Makes the files; `pages_id` must be another for each image in the directory.
+    pub fn create(dir: &Path, kind: ImageKind, id: u64, pages_id: u32) -> Result<Self> {
         let name = match kind {
             ImageKind::Pid => {
                 ensure!(id > 0 && id <= i32::MAX as u64, "a memory image for pid {id}");
@@ -156,21 +167,17 @@ impl PageStore {
             }
             ImageKind::Shmem => format!("pagemap-shmem-{id}.img"),
         };
-        let pages_id = self.next_pages_id;
-        self.next_pages_id += 1;
-        let mut pagemap = BufWriter::new(create(&self.dir, &name)?);
-        let pages = create(&self.dir, &format!("pages-{pages_id}.img"))?;
+        let mut pagemap = BufWriter::new(create(dir, &name)?);
+        let pages = create(dir, &format!("pages-{pages_id}.img"))?;
         pagemap.write_all(&IMG_COMMON_MAGIC.to_le_bytes()).context("writing a pagemap")?;
         pagemap.write_all(&PAGEMAP_MAGIC.to_le_bytes()).context("writing a pagemap")?;
         write_message(&mut pagemap, &PagemapHead { pages_id })?;
-        self.open = Some(Open { pagemap, pages, run: None });
-        Ok(())
+        Ok(Self { pagemap, pages, page_size: page_size() as u64, run: None })
     }
-}
 
-impl Open {
     /// Notes a run; pieces of one run become one entry again.
-    fn run(&mut self, vaddr: u64, pages: u64, flags: u32, size: u64) -> Result<()> {
+    pub fn run(&mut self, vaddr: u64, pages: u64, flags: u32) -> Result<()> {
+        let size = self.page_size;
         let end = pages.checked_mul(size).and_then(|n| vaddr.checked_add(n));
         ensure!(pages > 0 && vaddr.is_multiple_of(size) && end.is_some(), "{pages} pages at {vaddr:#x}");
         match &mut self.run {
@@ -203,7 +210,8 @@ impl Open {
         )
     }
 
-    fn close(mut self) -> Result<()> {
+    /// The image is complete.
+    pub fn close(mut self) -> Result<()> {
         self.entry()?;
         self.pagemap.flush().context("writing a pagemap")
     }
@@ -217,11 +225,11 @@ fn write_message(out: &mut impl Write, message: &impl Message) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::page_server::PE_LAZY;
     use super::*;
 
-    fn decode(path: &Path) -> (u32, Vec<PagemapEntry>) {
+    pub fn decode(path: &Path) -> (u32, Vec<PagemapEntry>) {
         let bytes = std::fs::read(path).unwrap();
         assert_eq!(&bytes[..8], [0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56]);
         let mut rest = &bytes[8..];
@@ -236,7 +244,7 @@ mod tests {
         (head.pages_id, entries)
     }
 
-    fn entry(vaddr: u64, n: u32, flags: u32) -> PagemapEntry {
+    pub fn entry(vaddr: u64, n: u32, flags: u32) -> PagemapEntry {
         PagemapEntry { vaddr, compat_nr_pages: n, flags: Some(flags), nr_pages: Some(u64::from(n)) }
     }
 

@@ -10,8 +10,11 @@
 //! | [`options`] | what a dump is asked for, so that stock `runc restore` takes the result |
 //! | [`stdio`] | `descriptors.json` |
 //! | [`dump`] | the dump itself |
+//! | [`kdat`], [`parent`] | what CRIU is shown so that it leaves memory alone |
 //! | [`page_server`] | CRIU's page server protocol, receiving end |
-//! | [`images`] | the destination's memory images |
+//! | [`images`] | the destination's memory images, written from the pages of a full dump |
+//! | [`plan`], [`mm_image`] | the same after a dump without memory: from the store, some of it left to the page daemon |
+//! | [`tar`] | a quick `tar` for CRIU to call |
 //! | [`gate`], [`gate_server`] | holding a stock `runc restore` at two places |
 //!
 //! Everything here blocks; there is no tokio.
@@ -21,20 +24,27 @@ pub mod dump;
 pub mod gate;
 pub mod gate_server;
 pub mod images;
+mod kdat;
 pub mod log;
+pub mod mm_image;
 pub mod options;
 pub mod page_server;
+mod parent;
+pub mod plan;
 pub mod probe;
 #[cfg(test)]
 mod proof;
 pub mod rpc;
 pub mod stdio;
 pub mod swrk;
+pub mod tar;
 mod timerfd_image;
 pub mod version;
 
-pub use dump::{DumpRequest, DumpStats};
+pub use dump::{DumpRequest, DumpStats, MemoryMode, PreparedDump, Worker};
 pub use gate_server::GateServer;
 pub use images::PageStore;
 pub use page_server::{ImageKind, PageEvent};
+pub use plan::{EagerPolicy, Plan, Planner};
+pub use probe::MemoryModes;
 pub use version::{Criu, Version};

@@ -96,10 +96,10 @@ const TYPE_SHMEM: u64 = 2;
 /// What CRIU waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// One byte: there is no parent image.
-    NoParent,
-    /// An `int`: there is no parent image.
-    NoParentInt,
+    /// One byte: is there a parent image?
+    Parent,
+    /// An `int`: the same.
+    ParentInt,
     /// An `int`: the status of the whole transfer. The dump's pages are complete.
     Status,
 }
@@ -223,11 +223,11 @@ impl Parser {
                 let (kind, id) = decode_image(image)?;
                 self.image = Some(image);
                 if cmd == CMD_OPEN2 {
-                    self.state = State::Replying(Reply::NoParent);
+                    self.state = State::Replying(Reply::Parent);
                 }
                 Ok(Some(Step::Event(PageEvent::Open { kind, id })))
             }
-            CMD_PARENT => Ok(Some(Step::Reply(Reply::NoParentInt))),
+            CMD_PARENT => Ok(Some(Step::Reply(Reply::ParentInt))),
             CMD_ADD | CMD_ADD_FLAGS | CMD_HOLE => {
                 let flags = match cmd {
                     CMD_ADD => PE_PRESENT,
@@ -293,6 +293,8 @@ pub struct PageServer {
     broken: bool,
     ended: bool,
     bytes: u64,
+    /// What CRIU is told about parent images: all clean pages are in them.
+    pub parent: bool,
 }
 
 impl PageServer {
@@ -305,7 +307,10 @@ impl PageServer {
             let _ = setsockopt(&theirs, sockopt::SndBuf, &(2 * BUFFER));
         }
         let parser = Parser::new(page_size());
-        Ok((Self { socket: ours, parser, failed: None, broken: false, ended: false, bytes: 0 }, theirs))
+        Ok((
+            Self { socket: ours, parser, failed: None, broken: false, ended: false, bytes: 0, parent: false },
+            theirs,
+        ))
     }
 
     /// Reads once and passes on what is complete. To be called when the socket is readable.
@@ -341,8 +346,14 @@ impl PageServer {
                     let status = i32::from(self.failed.is_some());
                     self.ended |= reply == Reply::Status;
                     let sent = match reply {
-                        Reply::NoParent => send(self.socket.as_raw_fd(), &[0], MsgFlags::MSG_NOSIGNAL),
-                        Reply::NoParentInt => send(self.socket.as_raw_fd(), &[0; 4], MsgFlags::MSG_NOSIGNAL),
+                        Reply::Parent => {
+                            send(self.socket.as_raw_fd(), &[self.parent.into()], MsgFlags::MSG_NOSIGNAL)
+                        }
+                        Reply::ParentInt => send(
+                            self.socket.as_raw_fd(),
+                            &i32::from(self.parent).to_ne_bytes(),
+                            MsgFlags::MSG_NOSIGNAL,
+                        ),
                         // Minus one on failure, CRIU's own value.
                         Reply::Status => {
                             send(self.socket.as_raw_fd(), &(-status).to_ne_bytes(), MsgFlags::MSG_NOSIGNAL)
@@ -503,13 +514,13 @@ mod tests {
     fn both_headers_and_any_fragmentation_give_the_same_events() {
         let want = vec![
             Seen::Open(ImageKind::Pid, 1),
-            Seen::Reply(Reply::NoParent),
+            Seen::Reply(Reply::Parent),
             Seen::Pages(0x10000, 4, 2, 1),
             Seen::Hole(0x20000, 5, 1),
             Seen::Pages(0x30000, 6, 1, 2),
             Seen::Close,
             Seen::Open(ImageKind::Shmem, 7),
-            Seen::Reply(Reply::NoParent),
+            Seen::Reply(Reply::Parent),
             Seen::Pages(0, 4, 600, 3),
             Seen::Close,
             Seen::Reply(Reply::Status),

@@ -3,33 +3,41 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns};
 
-use super::dump::DumpFailed;
+use super::dump::{DumpFailed, MemoryMode, PreparedDump, Worker};
+use super::kdat::Kdat;
 use super::log::Finding;
 use super::options::Limits;
+use super::page_server::{PageEvent, PageSink};
 use super::rpc::{CriuOpts, NetworkLock};
 use super::version::Criu;
+
+/// How a dump can treat memory with this CRIU on this kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryModes {
+    /// The best of them.
+    pub best: MemoryMode,
+    /// The kernel has soft-dirty bits.
+    pub soft_dirty: bool,
+    /// Why it is not [`MemoryMode::Parent`].
+    pub why_not: Option<String>,
+}
+
+/// What was found out about a CRIU, once for each process of ours.
+static LEARNED: Mutex<Vec<(PathBuf, Kdat)>> = Mutex::new(Vec::new());
+static MODES: Mutex<Vec<(PathBuf, MemoryModes)>> = Mutex::new(Vec::new());
 
 impl Criu {
     /// Dumps a process that holds connected sockets, and throws the images away. `Ok(Err(_))` is CRIU's own first error; `Err` when the
     /// probe itself could not be made (not root, no namespaces).
     pub fn works(&self) -> Result<Result<(), Finding>> {
-        let dir = tempfile::tempdir().context("making a directory for the probe's images")?;
-        let mut subject = Command::new("sleep");
-        subject.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-        // SAFETY: only system calls between fork and exec; see `hold_sockets`.
-        unsafe { subject.pre_exec(hold_sockets) };
-        let mut child =
-            subject.spawn().context("starting a process with sockets in a network namespace of its own")?;
-        let result = self.dump_subject(i32::try_from(child.id()).context("the subject's pid")?, dir.path());
-        // Somebody else may have reaped it (the shim's reaper); that it is gone is all we want.
-        let _ = child.kill();
-        let _ = child.wait();
-        match result {
+        match self.dump_a_subject(MemoryMode::Full, &mut |_| Ok(())) {
             Ok(()) => Ok(Ok(())),
             Err(e) => match e.downcast::<DumpFailed>() {
                 Ok(failed) => Ok(Err(failed.finding)),
@@ -38,36 +46,120 @@ impl Criu {
         }
     }
 
-    fn dump_subject(&self, pid: i32, dir: &Path) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
-        let netns = std::fs::metadata(format!("/proc/{pid}/ns/net"))
-            .context("the subject's network namespace")?
-            .ino();
-        let opts = CriuOpts {
-            pid: Some(pid),
-            leave_running: Some(true),
-            tcp_established: Some(true),
-            ext_unix_sk: Some(true),
-            external: vec![format!("net[{netns}]:probe")],
-            network_lock: Some(NetworkLock::Skip as i32),
-            log_level: Some(Limits::default().log_level),
-            ..CriuOpts::default()
+    /// How a dump can treat memory here. The first call of a process tries it on a subject, about 60 ms.
+    pub fn memory_modes(&self) -> MemoryModes {
+        let known = |modes: &[(PathBuf, MemoryModes)]| {
+            modes.iter().find(|(path, _)| *path == self.path).map(|(_, m)| m.clone())
         };
-        let mut request = super::DumpRequest {
-            opts,
-            images_dir: dir,
-            work_dir: dir,
-            descriptors: &Default::default(),
-            on_post_dump: None,
-            netns: None,
-            path_first: None,
-        };
-        self.dump(&mut request, &mut |_| Ok(())).map(drop)
+        let mut modes = MODES.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(modes) = known(&modes) {
+            return modes;
+        }
+        let soft_dirty = self.kdat().is_ok_and(|k| k.soft_dirty);
+        let why_not = self.try_parent().err().map(|e| format!("{e:#}"));
+        let best = if why_not.is_none() { MemoryMode::Parent } else { MemoryMode::Full };
+        let found = MemoryModes { best, soft_dirty, why_not };
+        modes.push((self.path.clone(), found.clone()));
+        found
     }
+
+    /// What CRIU knows of the kernel.
+    pub(super) fn kdat(&self) -> Result<Kdat> {
+        let mut learned = LEARNED.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, kdat)) = learned.iter().find(|(path, _)| *path == self.path) {
+            return Ok(kdat.clone());
+        }
+        let kdat = Kdat::learn(&self.path)?;
+        learned.push((self.path.clone(), kdat.clone()));
+        Ok(kdat)
+    }
+
+    /// Does a dump leave memory alone?
+    fn try_parent(&self) -> Result<()> {
+        let (mut holes, mut bytes) = (0, 0);
+        let dumped = self.dump_a_subject(MemoryMode::Parent, &mut |event| {
+            match event {
+                PageEvent::Hole { pages, .. } => holes += pages,
+                PageEvent::Pages { bytes: some, .. } => bytes += some.len(),
+                _ => {}
+            }
+            Ok(())
+        });
+        dumped.context("a dump without memory")?;
+        ensure!(
+            holes > 0 && bytes == 0,
+            "CRIU copies memory that is in the parent images: {bytes} bytes beside {holes} pages"
+        );
+        Ok(())
+    }
+
+    fn dump_a_subject(&self, memory: MemoryMode, sink: &mut PageSink<'_>) -> Result<()> {
+        let dir = tempfile::tempdir().context("making a directory for the probe's images")?;
+        let prepared = self.prepare_dump(&Worker { memory, ..Worker::default() })?;
+        // The worker may have a mount namespace of its own. A container has one too; a subject without must share the worker's.
+        let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", prepared.pid()))
+            .context("opening CRIU's mount namespace")?;
+        let mut subject = Command::new("sleep");
+        subject.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
+        // SAFETY: only system calls between fork and exec; see `hold_sockets`.
+        unsafe {
+            subject.pre_exec(move || {
+                setns(&mounts, CloneFlags::CLONE_NEWNS)?;
+                null_stdio()?;
+                hold_sockets()
+            });
+        }
+        let mut child =
+            subject.spawn().context("starting a process with sockets in a network namespace of its own")?;
+        let pid = i32::try_from(child.id()).context("the subject's pid");
+        let result = pid.and_then(|pid| dump_subject(prepared, pid, dir.path(), sink));
+        // Somebody else may have reaped it (the shim's reaper); that it is gone is all we want.
+        let _ = child.kill();
+        let _ = child.wait();
+        result
+    }
+}
+
+fn dump_subject(prepared: PreparedDump, pid: i32, dir: &Path, sink: &mut PageSink<'_>) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let netns =
+        std::fs::metadata(format!("/proc/{pid}/ns/net")).context("the subject's network namespace")?.ino();
+    let opts = CriuOpts {
+        pid: Some(pid),
+        leave_running: Some(true),
+        tcp_established: Some(true),
+        ext_unix_sk: Some(true),
+        external: vec![format!("net[{netns}]:probe")],
+        network_lock: Some(NetworkLock::Skip as i32),
+        log_level: Some(Limits::default().log_level),
+        ..CriuOpts::default()
+    };
+    let mut request = super::DumpRequest {
+        opts,
+        images_dir: dir,
+        work_dir: dir,
+        descriptors: &Default::default(),
+        on_post_dump: None,
+    };
+    prepared.dump(&mut request, sink).map(drop)
 }
 
 fn check(n: libc::c_int) -> io::Result<libc::c_int> {
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n) }
+}
+
+/// In the child, before its exec: stdio from the mount namespace that it is in now, and nothing else from where it was before.
+fn null_stdio() -> io::Result<()> {
+    // SAFETY: plain system calls on a constant string and on numbers.
+    unsafe {
+        let null = check(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))?;
+        for fd in 0..3 {
+            check(libc::dup2(null, fd))?;
+        }
+        // Linux 5.11; what stays open without it was opened by whoever started us, and seldom is there any
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+    }
+    Ok(())
 }
 
 /// In the child, before its exec: a session and a network namespace of its own, both ends of a TCP connection over its loopback and both ends of

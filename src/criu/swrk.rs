@@ -4,8 +4,9 @@
 //! The shim reaps with `waitpid(-1)` in one place, so an exit may have been collected by somebody else: the end of a run is
 //! recognised by its response or by EOF, never by the exit status.
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -35,6 +36,23 @@ pub struct Spawn<'a> {
     pub cgroups: Vec<BorrowedFd<'a>>,
     /// Directory to put first in PATH (a faster `tar`, say).
     pub path_first: Option<&'a Path>,
+    /// What the worker sees in `/run`.
+    pub run: Run<'a>,
+    /// More environment.
+    pub env: Vec<(&'a str, &'a str)>,
+}
+
+/// What a worker sees in `/run`. All but the first give it a mount namespace of its own, a copy of ours in which mounts that come and go
+/// elsewhere still come and go.
+#[derive(Default)]
+pub enum Run<'a> {
+    /// What is there.
+    #[default]
+    Shared,
+    /// A tmpfs with nothing in it.
+    Empty,
+    /// This file as CRIU's cache of what it knows of the kernel; there has to be one already.
+    Kdat(&'a Path),
 }
 
 /// A running worker.
@@ -65,8 +83,16 @@ impl Swrk {
         if let Some(first) = how.path_first {
             command.env("PATH", prepend_path(first, std::env::var_os("PATH").as_deref()));
         }
-        // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns and write, on numbers that
-        // were prepared above; nothing allocates.
+        command.envs(how.env.iter().copied());
+        let over_run = match how.run {
+            Run::Shared => None,
+            Run::Empty => Some(OverRun::Tmpfs),
+            Run::Kdat(file) => Some(OverRun::File(
+                CString::new(file.as_os_str().as_bytes()).context("a path with a zero byte")?,
+            )),
+        };
+        // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare and mount, on
+        // numbers and strings that were prepared above; nothing allocates.
         unsafe {
             command.pre_exec(move || {
                 for &fd in &inherit {
@@ -77,6 +103,9 @@ impl Swrk {
                 }
                 if let Some(fd) = netns {
                     setns(BorrowedFd::borrow_raw(fd), CloneFlags::CLONE_NEWNET)?;
+                }
+                if let Some(over) = &over_run {
+                    over.mount()?;
                 }
                 Ok(())
             });
@@ -150,7 +179,74 @@ impl AsFd for Swrk {
     }
 }
 
-fn prepend_path(first: &Path, rest: Option<&OsStr>) -> std::ffi::OsString {
+/// What is mounted in the worker's own mount namespace.
+enum OverRun {
+    Tmpfs,
+    File(CString),
+}
+
+impl OverRun {
+    /// In the child, before its exec. System calls only, nothing allocates.
+    fn mount(&self) -> std::io::Result<()> {
+        // Where a container's mounts get theirs from is something CRIU looks up in its own mounts: all keep their peers but the one that
+        // is mounted on, or the others would see it.
+        // SAFETY: plain system calls on constant strings.
+        let before = unsafe { libc::open(c"/run".as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
+        check(before)?;
+        check(unshare_mounts())?;
+        let on = match mount(None, c"/run", None, libc::MS_PRIVATE) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                mount(None, c"/", None, libc::MS_PRIVATE)?;
+                None
+            }
+            other => Some(other?),
+        };
+        match self {
+            // A file system of its own on top: nothing below it matters to this worker.
+            Self::Tmpfs => mount(Some(c"tmpfs"), c"/run", Some(c"tmpfs"), 0)?,
+            Self::File(file) => {
+                mount(Some(file), KDAT, None, libc::MS_BIND)?;
+                if on.is_some() {
+                    rejoin(before);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+const KDAT: &CStr = c"/run/criu.kdat";
+/// `MOVE_MOUNT_SET_GROUP | MOVE_MOUNT_T_EMPTY_PATH | MOVE_MOUNT_F_EMPTY_PATH` (linux/mount.h).
+const SET_GROUP: libc::c_uint = 0x100 | 0x40 | 0x4;
+
+/// Makes our `/run` a peer again of what it was a copy of. Linux 5.15; where it fails a container's mount that is slave to `/run`
+/// itself would not be recognised, which CRIU then says.
+fn rejoin(before: libc::c_int) {
+    // SAFETY: plain system calls on a descriptor of ours and constant strings.
+    unsafe {
+        let now = libc::open(c"/run".as_ptr(), libc::O_PATH | libc::O_CLOEXEC);
+        if now >= 0 {
+            libc::syscall(libc::SYS_move_mount, before, c"".as_ptr(), now, c"".as_ptr(), SET_GROUP);
+        }
+    }
+}
+
+fn check(n: libc::c_int) -> std::io::Result<libc::c_int> {
+    if n < 0 { Err(std::io::Error::last_os_error()) } else { Ok(n) }
+}
+
+fn unshare_mounts() -> libc::c_int {
+    // SAFETY: no memory is passed.
+    unsafe { libc::unshare(libc::CLONE_NEWNS) }
+}
+
+fn mount(from: Option<&CStr>, to: &CStr, kind: Option<&CStr>, flags: libc::c_ulong) -> std::io::Result<()> {
+    let raw = |s: Option<&CStr>| s.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: strings that live until the call returns, or null where mount(2) allows it.
+    check(unsafe { libc::mount(raw(from), to.as_ptr(), raw(kind), flags, std::ptr::null()) }).map(drop)
+}
+
+pub(super) fn prepend_path(first: &Path, rest: Option<&OsStr>) -> std::ffi::OsString {
     let mut path = first.as_os_str().to_owned();
     if let Some(rest) = rest {
         path.push(":");

@@ -40,6 +40,21 @@ impl RangeSet {
         self.runs.get(i).is_some_and(|r| r.start <= at)
     }
 
+    /// The range that this address is in. Takes a binary search.
+    pub fn run_at(&self, at: u64) -> Option<Range<u64>> {
+        let i = self.runs.partition_point(|r| r.end <= at);
+        self.runs.get(i).filter(|r| r.start <= at).cloned()
+    }
+
+    /// The parts inside `window`, ascending. Takes a binary search, however large the set is.
+    pub fn overlapping(&self, window: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let from = self.runs.partition_point(|r| r.end <= window.start);
+        self.runs[from..]
+            .iter()
+            .take_while(move |r| r.start < window.end && window.start < window.end)
+            .map(move |r| r.start.max(window.start)..r.end.min(window.end))
+    }
+
     /// Adds a range. Appending in ascending order is cheap.
     pub fn insert(&mut self, add: Range<u64>) {
         if add.start >= add.end {
@@ -70,8 +85,8 @@ impl RangeSet {
             return;
         }
         let (first, last) = (self.runs[from].start, self.runs[to - 1].end);
-        let left = (first < gone.start).then(|| first..gone.start);
-        let right = (last > gone.end).then(|| gone.end..last);
+        let left = (first < gone.start).then_some(first..gone.start);
+        let right = (last > gone.end).then_some(gone.end..last);
         self.runs.splice(from..to, left.into_iter().chain(right));
     }
 
@@ -134,7 +149,7 @@ impl RangeSet {
 
     /// The part of it inside `window`.
     pub fn clip(&self, window: Range<u64>) -> Self {
-        self.intersection(&Self::from(window))
+        Self { runs: self.overlapping(window).collect() }
     }
 }
 
@@ -199,6 +214,9 @@ mod tests {
             assert!(well_formed(&a) && well_formed(&b));
             let at = random(64);
             assert_eq!(a.contains(at), mask(&a) >> at & 1 == 1);
+            assert_eq!(a.run_at(at), a.iter().find(|r| r.contains(&at)));
+            let window = at..(at + random(12)).min(64);
+            assert_eq!(a.clip(window.clone()), a.intersection(&RangeSet::from(window)));
         }
     }
 }

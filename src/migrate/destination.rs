@@ -11,19 +11,23 @@
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::abort::Abort;
+use super::arrival::Arrival;
 use super::codec::Kind;
 use super::fault;
+use super::filling::Filling;
+use super::link::Link;
+use super::prepared::ImagesDir;
 use super::protocol::{
     ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
 };
 use super::report::{Clock, Report, millis};
-use super::source::ImagesDir;
 use super::stream::Receiver;
 use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, ReceiveRequest};
@@ -44,6 +48,8 @@ pub trait DestinationTask: Send {
     fn mount(&mut self) -> Result<()>;
     /// Makes stdio of these kinds; nothing is copied yet.
     fn stdio(&mut self, kinds: &Value) -> Result<()>;
+    /// CRIU's work directory, where its log and the page daemon's socket are; it exists.
+    fn work_dir(&self) -> Result<PathBuf>;
     /// Starts `runc restore` on these images, with this directory first in PATH, and returns at once.
     fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()>;
     /// `runc restore` has ended: `Ok` with the init's pid, or what it (and CRIU) said.
@@ -54,9 +60,16 @@ pub trait DestinationTask: Send {
     fn adopt(&mut self, pid: u32) -> Result<()>;
     /// Nothing of it may be left: tasks, runc's state, mounts.
     fn undo(&mut self);
+    /// Ends the running container, for when its memory cannot be completed any more. Called from another thread.
+    fn killer(&self) -> Killer;
 }
 
+/// Ends a container at once.
+pub type Killer = Box<dyn FnOnce() -> Result<()> + Send>;
+
 /// Takes the container from the peer at the other end of `tcp`.
+///
+/// With a [`Filling`] beside the report the container runs, and its memory is completed in the background.
 ///
 /// # Errors
 /// With nothing left here but the container's records, which the agent removes.
@@ -66,20 +79,32 @@ pub fn receive(
     request: &ReceiveRequest,
     abort: &Abort,
     events: &dyn Fn(Event),
-) -> Result<Report> {
+) -> Result<(Report, Option<Filling>)> {
     let mut clock = Clock::start();
     clock.phase("connect");
     let silence = Duration::from_secs(request.limits.silence_s);
     let material = request.tls.as_ref().context("no certificate for this connection")?;
     let config = tls::config::server(material, &[ALPN_DATA])?;
-    let mut wire = Wire::accept(tcp, config, silence, |c| {
+    let wire = Wire::accept(tcp, config, silence, |c| {
         let name = tls::config::peer_name(c.peer_certificates().unwrap_or_default())?;
         ensure!(name == request.peer, "the peer is {name}, the migration was agreed with {}", request.peer);
         Ok(())
     })?;
-    let result = greet(&mut wire, request)
-        .and_then(|()| take(&mut wire, task, request, abort, &mut clock, events, Peer::Waits));
-    finish(result, &mut wire, task, request, &mut clock)
+    let link = Arc::new(Link::new(wire));
+    let result = greet(&link, request).and_then(|manifest| {
+        if manifest.live {
+            return Arrival { link: &link, task, request, abort, events }.take(&manifest, &mut clock);
+        }
+        let report = take(&link, task, request, abort, &mut clock, events, &manifest, true)?;
+        Ok((report, None))
+    });
+    result.map_err(|e| {
+        // undone first: once the source has our word, it runs again
+        task.undo();
+        let failure = failure_of(&e, clock.current(), &request.node);
+        link.wire().fail(&failure);
+        failure.into()
+    })
 }
 
 /// Takes the container from a checkpoint file, read up to and including its manifest.
@@ -87,7 +112,7 @@ pub fn receive(
 /// # Errors
 /// As [`receive`].
 pub fn restore(
-    mut wire: Wire,
+    wire: Wire,
     manifest: Manifest,
     task: &mut dyn DestinationTask,
     request: &ReceiveRequest,
@@ -95,35 +120,9 @@ pub fn restore(
     events: &dyn Fn(Event),
 ) -> Result<Report> {
     let mut clock = Clock::start();
-    let result = take(&mut wire, task, request, abort, &mut clock, events, Peer::File(manifest));
+    let link = Link::new(wire);
+    let result = take(&link, task, request, abort, &mut clock, events, &manifest, false);
     result.inspect_err(|_| task.undo())
-}
-
-/// Who is at the other end.
-enum Peer {
-    /// A source that waits for our word and commits.
-    Waits,
-    /// A file, whose manifest was read already.
-    File(Manifest),
-}
-
-fn finish(
-    result: Result<Report>,
-    wire: &mut Wire,
-    task: &mut dyn DestinationTask,
-    request: &ReceiveRequest,
-    clock: &mut Clock,
-) -> Result<Report> {
-    match result {
-        Ok(report) => Ok(report),
-        Err(e) => {
-            // undone first: once the source has our word, it runs again
-            task.undo();
-            let failure = failure_of(&e, clock.current(), &request.node);
-            wire.fail(&failure);
-            Err(failure.into())
-        }
-    }
 }
 
 /// What the operator and the peer are told about an error.
@@ -140,14 +139,16 @@ pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
     }
 }
 
-fn greet(wire: &mut Wire, request: &ReceiveRequest) -> Result<()> {
+fn greet(link: &Link, request: &ReceiveRequest) -> Result<Manifest> {
+    let mut wire = link.wire();
     let hello: Hello = wire.expect(Kind::Hello)?;
     ensure!(
         hello.migration_id == request.migration_id && same(&hello.ticket, &request.ticket),
         "the source showed a ticket that is not for this migration"
     );
     let version = select((OLDEST, VERSION), (hello.oldest, hello.newest)).map_err(|e| anyhow!(e))?;
-    wire.json(Kind::Welcome, &Welcome { version })
+    wire.json(Kind::Welcome, &Welcome { version })?;
+    wire.expect(Kind::Manifest)
 }
 
 /// Compares without telling by its time where the difference is.
@@ -155,14 +156,17 @@ fn same(a: &str, b: &str) -> bool {
     a.len() == b.len() && !a.is_empty() && a.bytes().zip(b.bytes()).fold(0, |d, (x, y)| d | (x ^ y)) == 0
 }
 
+/// Everything in one copy, made while the source stands still; `waits`: there is a source that waits for our word.
+#[expect(clippy::too_many_arguments, reason = "the two callers differ in all of them")]
 fn take(
-    wire: &mut Wire,
+    link: &Link,
     task: &mut dyn DestinationTask,
     request: &ReceiveRequest,
     abort: &Abort,
     clock: &mut Clock,
     events: &dyn Fn(Event),
-    peer: Peer,
+    manifest: &Manifest,
+    waits: bool,
 ) -> Result<Report> {
     let phase = |clock: &mut Clock, name: &str| {
         clock.phase(name);
@@ -171,13 +175,9 @@ fn take(
     phase(clock, "receive");
     let images = ImagesDir::create(&request.limits.images_dir, &request.migration_id)?;
     let netns = request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
-    let (manifest, waits) = match peer {
-        Peer::Waits => (wire.expect::<Manifest>(Kind::Manifest)?, true),
-        Peer::File(manifest) => (manifest, false),
-    };
     fault::point("receive");
     let (carry, totals) =
-        receive_state(wire, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
+        receive_state(link, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
 
     phase(clock, "prepare");
     task.mount().context("mounting the container's rootfs")?;
@@ -185,13 +185,14 @@ fn take(
     let criu = Criu::find(request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
     let mut gate = GateServer::prepare(&task.bundle(), &task.program()?, &criu.path, "")?;
     phase(clock, "runc restore");
+    task.work_dir()?;
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;
-    wait_for(At::Restore, &mut gate, wire, task, abort, waits)?;
+    wait_for(At::Restore, &mut gate, link, task, abort, waits)?;
     fault::point("restoring");
     phase(clock, "criu restore");
     let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
-    wait_for(At::PostRestore, &mut gate, wire, task, abort, waits)?;
+    wait_for(At::PostRestore, &mut gate, link, task, abort, waits)?;
     drop(times);
 
     // the tasks are complete and stand at the gate: from here the source decides
@@ -205,8 +206,10 @@ fn take(
     if waits {
         fault::point("held");
         phase(clock, "commit");
+        let mut wire = link.wire();
         wire.json(Kind::Restored, &Restored::default())?;
         wire.expect::<Commit>(Kind::Commit).context("waiting for the source's commit")?;
+        drop(wire);
         fault::point("committed");
         // asked to give up in between: too late, the source will not run it again
         abort.commit();
@@ -231,13 +234,14 @@ fn take(
     {
         events(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
     }
-    let pid = wait_for_runc(wire, task, waits)?;
+    let pid = wait_for_runc(link, task, waits)?;
     task.adopt(pid).context("taking over the restored container")?;
     let (phases, total_ms) = clock.done();
     if waits {
-        let running = Running { since_ms: millis(let_go.elapsed()), phases: phases.clone() };
+        let running =
+            Running { since_ms: millis(let_go.elapsed()), phases: phases.clone(), ..Running::default() };
         // the tasks run: a lost message changes nothing any more
-        if let Err(e) = wire.json(Kind::Running, &running).and_then(|()| wire.flush()) {
+        if let Err(e) = link.json(Kind::Running, &running).and_then(|()| link.flush()) {
             events(Event::Warning { message: format!("telling the source: {e:#}") });
         }
     }
@@ -251,7 +255,7 @@ fn take(
 }
 
 fn receive_state(
-    wire: &mut Wire,
+    link: &Link,
     images: &Path,
     layer: &WritableLayer,
     memory_cap: u64,
@@ -260,6 +264,7 @@ fn receive_state(
 ) -> Result<(Value, Final)> {
     let mut receiver = Receiver::new(images, layer, memory_cap)?;
     let mut shown = 0;
+    let mut wire = link.wire();
     loop {
         match wire.recv()? {
             Kind::Final => {
@@ -271,17 +276,17 @@ fn receive_state(
         }
         if wire.bytes().1 - shown > 8 << 20 {
             shown = wire.bytes().1;
-            events(Event::Progress { bytes: shown });
+            events(Event::Progress { bytes: shown, total: None });
             ensure!(!abort.asked(), "the migration was given up by request");
         }
     }
 }
 
 /// Waits until runc's CRIU stands at this gate; notices when runc has ended instead, and shows the peer signs of life.
-fn wait_for(
+pub(super) fn wait_for(
     point: At,
     gate: &mut GateServer,
-    wire: &mut Wire,
+    link: &Link,
     task: &mut dyn DestinationTask,
     abort: &Abort,
     waits: bool,
@@ -297,13 +302,13 @@ fn wait_for(
         }
         ensure!(!abort.asked(), "the migration was given up by request");
         if waits {
-            wire.alive()?;
+            link.wire().alive()?;
         }
     }
 }
 
 /// After the gate is open: runc ends by itself, within milliseconds.
-fn wait_for_runc(wire: &mut Wire, task: &mut dyn DestinationTask, waits: bool) -> Result<u32> {
+pub(super) fn wait_for_runc(link: &Link, task: &mut dyn DestinationTask, waits: bool) -> Result<u32> {
     loop {
         if let Some(ended) = task.restored() {
             return ended;
@@ -311,14 +316,14 @@ fn wait_for_runc(wire: &mut Wire, task: &mut dyn DestinationTask, waits: bool) -
         std::thread::sleep(Duration::from_millis(1));
         if waits {
             // the tasks run: a connection that is lost now undoes nothing any more
-            wire.alive().ok();
+            link.wire().alive().ok();
         }
     }
 }
 
 /// The tasks that CRIU has restored, from the pid of the script that it runs: CRIU is the script's parent, and restores the
 /// tasks as its own siblings, below runc (`rst_sibling`).
-fn restored_tasks(script: i32) -> Vec<i32> {
+pub(super) fn restored_tasks(script: i32) -> Vec<i32> {
     let Some(criu) = parent(script) else { return Vec::new() };
     let Some(runc) = parent(criu) else { return Vec::new() };
     let (mut found, mut next) = (Vec::new(), children(runc));

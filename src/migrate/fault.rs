@@ -5,7 +5,8 @@
 //! it and waits until `fault` is gone.
 
 /// The points, in the order of a migration.
-pub const POINTS: [&str; 7] = ["dial", "receive", "frozen", "restoring", "held", "commit", "committed"];
+pub const POINTS: [&str; 9] =
+    ["dial", "receive", "round", "frozen", "restoring", "held", "commit", "committed", "post-copy"];
 
 /// Waits here if a test wants it.
 #[cfg(debug_assertions)]

@@ -6,7 +6,9 @@
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol that this build speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// The first protocol in which memory travels while the container runs.
+pub const LIVE: u32 = 2;
 /// The oldest protocol that this build still speaks.
 pub const OLDEST: u32 = 1;
 /// ALPN of a connection between two shims.
@@ -77,6 +79,44 @@ pub struct Manifest {
     /// What the agent needs to make the container (opaque here; empty between shims).
     #[serde(default)]
     pub container: serde_json::Value,
+    /// Memory and layer come in rounds before the freeze; otherwise all of it comes once, in the freeze.
+    #[serde(default)]
+    pub live: bool,
+}
+
+/// A round of copying begins (the container runs).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Counted from 1.
+    pub n: u32,
+    /// Bytes of memory that it will bring, about.
+    #[serde(default)]
+    pub bytes: u64,
+}
+
+/// The source is about to freeze: the destination makes everything ready that it can.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Prepare {}
+
+/// The destination waits for the rest with everything else done.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Ready {}
+
+/// Every page is in its place on the destination.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Filled {
+    /// What the tasks waited for.
+    #[serde(default)]
+    pub faults: super::report::Faults,
+    /// The most that the page store held, bytes.
+    #[serde(default)]
+    pub store_peak_bytes: u64,
+    /// Bytes placed in the background.
+    #[serde(default)]
+    pub fill_bytes: u64,
+    /// Milliseconds from the tasks' first instruction until every page was in its place.
+    #[serde(default)]
+    pub fill_ms: f64,
 }
 
 /// The source's tasks stand still from here on.
@@ -144,6 +184,12 @@ pub struct Running {
     /// The destination's phases.
     #[serde(default)]
     pub phases: Vec<super::report::Phase>,
+    /// Milliseconds from the arrival of [`Final`] until the tasks were let go.
+    #[serde(default)]
+    pub took_ms: f64,
+    /// What that was spent on, from the arrival of [`Final`].
+    #[serde(default)]
+    pub items: Vec<super::report::Item>,
 }
 
 /// Why a side gave up. Before the commit this ends the migration with the source running.

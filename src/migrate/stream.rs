@@ -9,6 +9,8 @@
 //!
 //! All integers are little-endian. Nothing here is ever stored as a whole: what CRIU hands over goes out at once.
 
+use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,10 +20,15 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::codec::Kind;
+use super::link::Link;
 use super::protocol::{FileHeader, Final};
-use super::wire::{FrameSink, Wire};
 use crate::criu::page_server::page_size;
+use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
+use crate::memory::read::Chunk;
+use crate::memory::sets::decode_ranges;
+use crate::memory::store::Store;
+use crate::memory::{RangeSet, Space, batch};
 use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
 
 /// Content bytes in one frame.
@@ -63,6 +70,8 @@ impl Counter {
             Kind::LayerEntry => t.layer_entries += 1,
             Kind::LayerData => t.layer_bytes += payload.len().saturating_sub(8) as u64,
             Kind::Frozen | Kind::PagesOpen | Kind::PagesHole | Kind::PagesClose => {}
+            // memory that travels while the container runs is checked by the page: see `Planner`
+            Kind::Memory | Kind::RemotePages | Kind::HotPages => {}
             Kind::LayerEnd | Kind::Stdio => {}
             other => bail!("a {other:?} frame inside the container's state"),
         }
@@ -77,30 +86,26 @@ impl Counter {
 
 /// Sends the state; counts what it sends. Borrowed by closures of the dump, therefore one object for all parts.
 pub struct Sender<'a> {
-    wire: &'a mut Wire,
+    link: &'a Link,
     counter: Counter,
     entry: Vec<u8>,
 }
 
 impl<'a> Sender<'a> {
-    /// Sends through `wire`.
-    pub fn new(wire: &'a mut Wire) -> Self {
-        Sender { wire, counter: Counter::default(), entry: Vec::new() }
+    /// Sends through `link`.
+    pub(super) fn new(link: &'a Link) -> Self {
+        Sender { link, counter: Counter::default(), entry: Vec::new() }
     }
 
     fn frame(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<()> {
-        self.wire.frame(kind, parts)
+        self.link.frame(kind, parts)
     }
 
     /// One event of CRIU's dump.
     pub fn pages(&mut self, event: PageEvent<'_>) -> Result<()> {
         match event {
             PageEvent::Open { kind, id } => {
-                let kind = match kind {
-                    ImageKind::Pid => 1u8,
-                    ImageKind::Shmem => 2,
-                };
-                self.frame(Kind::PagesOpen, &[&[kind], &id.to_le_bytes()])
+                self.frame(Kind::PagesOpen, &[&[kind_number(kind)], &id.to_le_bytes()])
             }
             PageEvent::Pages { vaddr, flags, bytes } => {
                 for (n, piece) in bytes.chunks(PIECE).enumerate() {
@@ -114,19 +119,19 @@ impl<'a> Sender<'a> {
             PageEvent::Hole { vaddr, pages, flags } => self
                 .frame(Kind::PagesHole, &[&vaddr.to_le_bytes(), &pages.to_le_bytes(), &flags.to_le_bytes()]),
             PageEvent::Close => self.frame(Kind::PagesClose, &[]),
-            PageEvent::Idle => self.wire.alive(),
+            PageEvent::Idle => self.link.wire().alive(),
         }
     }
 
-    /// Every plain file of CRIU's images directory, by name; the directory holds metadata only.
-    pub fn files(&mut self, dir: &Path) -> Result<()> {
+    /// Every plain file of CRIU's images directory, by name, but for those that were sent before; it holds metadata only.
+    pub fn files(&mut self, dir: &Path, sent: &HashSet<OsString>) -> Result<()> {
         let mut names: Vec<_> = std::fs::read_dir(dir)
             .with_context(|| format!("reading {}", dir.display()))?
             .map(|e| Ok(e?.file_name()))
             .collect::<Result<_>>()?;
         names.sort();
         let mut buf = vec![0; PIECE];
-        for name in names {
+        for name in names.into_iter().filter(|name| !sent.contains(name)) {
             let path = dir.join(&name);
             let mut file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
             let meta = file.metadata()?;
@@ -135,7 +140,7 @@ impl<'a> Sender<'a> {
             }
             let header = FileHeader { name: name.to_string_lossy().into_owned(), size: meta.len() };
             ensure!(header.is_safe(), "CRIU wrote an image with an odd name: {}", path.display());
-            self.wire.json(Kind::File, &header)?;
+            self.link.json(Kind::File, &header)?;
             let mut left = header.size as usize;
             while left > 0 {
                 let n = left.min(PIECE);
@@ -153,29 +158,29 @@ impl<'a> Sender<'a> {
     pub fn layer(&mut self, layer: &WritableLayer) -> Result<()> {
         rootfs::capture(&layer.dir, &CaptureOptions::for_layer(layer), self)
             .context("reading the writable layer")?;
+        self.layer_end()
+    }
+
+    /// A round of the writable layer is complete.
+    pub(super) fn layer_end(&mut self) -> Result<()> {
         self.frame(Kind::LayerEnd, &[b"{}"])
     }
 
     /// Stdio that was queued at the freeze.
     pub fn stdio(&mut self, carry: &Value) -> Result<()> {
-        self.wire.json(Kind::Stdio, carry)
+        self.link.json(Kind::Stdio, carry)
     }
 
     /// Bytes sent so far, see [`Wire::bytes`].
     pub fn sent(&self) -> u64 {
-        self.wire.bytes().0
-    }
-
-    /// The peer's own reason for hanging up, see [`Wire::reason`].
-    pub fn reason(&mut self) -> Option<super::protocol::Failure> {
-        self.wire.reason()
+        self.link.wire().bytes().0
     }
 
     /// Says that this was everything.
     pub fn finish(self) -> Result<Final> {
         let totals = self.counter.totals();
-        self.wire.json(Kind::Final, &totals)?;
-        self.wire.flush()?;
+        self.link.json(Kind::Final, &totals)?;
+        self.link.flush()?;
         Ok(totals)
     }
 }
@@ -185,7 +190,7 @@ impl Sink for Sender<'_> {
         self.counter.totals.layer_entries += 1;
         self.entry.clear();
         e.encode(&mut self.entry);
-        self.wire.frame(Kind::LayerEntry, &[&self.entry])
+        self.link.frame(Kind::LayerEntry, &[&self.entry])
     }
 
     fn data(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
@@ -197,12 +202,45 @@ impl Sink for Sender<'_> {
     }
 }
 
+/// What CRIU restores itself. Less than this is there sooner than the page daemon could serve it; of more, what was written
+/// last will be touched first.
+const EAGER: EagerPolicy = EagerPolicy { eager_max: 24 << 20, hot_max: 8 << 20 };
+
+/// Where memory goes.
+enum Memory {
+    /// CRIU's own pages, in its own order, straight into images.
+    Whole(PageStore),
+    /// Pages in any order and again and again; images are made at the end.
+    Live(Box<LiveMemory>),
+}
+
+struct LiveMemory {
+    store: Store,
+    planner: Planner,
+    remote: BTreeMap<Space, RangeSet>,
+    hot: BTreeMap<Space, RangeSet>,
+    scratch: Vec<u8>,
+}
+
+/// What a live migration has brought when everything has come.
+pub(super) struct Whole {
+    /// Stdio that was queued at the freeze.
+    pub carry: Value,
+    /// The pages.
+    pub store: Store,
+    /// Which of them the page daemon serves.
+    pub plan: Plan,
+}
+
 /// Takes the state in: images into a directory on tmpfs, the layer into its place.
 pub struct Receiver {
     images: PathBuf,
-    pages: PageStore,
+    pages: Memory,
     file: Option<File>,
     layer: Option<Apply>,
+    layer_rounds: u32,
+    /// Further rounds of the layer follow the one that comes.
+    open_ended: bool,
     carry: Value,
     counter: Counter,
 }
@@ -210,14 +248,76 @@ pub struct Receiver {
 impl Receiver {
     /// Images go into the empty directory `images` (no more than `memory_cap` bytes of pages), the layer into `layer`.
     pub fn new(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
+        Self::with(images, layer, Memory::Whole(PageStore::new(images, memory_cap)))
+    }
+
+    /// The same for a live migration.
+    pub(super) fn live(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
+        let memory = LiveMemory {
+            store: Store::new(memory_cap)?,
+            planner: Planner::new(images, EAGER).cap(memory_cap),
+            remote: BTreeMap::new(),
+            hot: BTreeMap::new(),
+            scratch: Vec::new(),
+        };
+        Self::with(images, layer, Memory::Live(Box::new(memory)))
+    }
+
+    fn with(images: &Path, layer: &WritableLayer, pages: Memory) -> Result<Receiver> {
         Ok(Receiver {
             images: images.to_owned(),
-            pages: PageStore::new(images, memory_cap),
             file: None,
             layer: Some(Apply::for_layer(layer)?),
+            layer_rounds: 0,
+            open_ended: matches!(pages, Memory::Live(_)),
+            pages,
             carry: Value::Null,
             counter: Counter::default(),
         })
+    }
+
+    /// Bytes of pages that the store of a live migration holds.
+    pub(super) fn stored(&self) -> u64 {
+        match &self.pages {
+            Memory::Whole(pages) => pages.bytes(),
+            Memory::Live(memory) => memory.store.bytes(),
+        }
+    }
+
+    /// The root file system is mounted there: what comes now changes a mounted layer.
+    ///
+    /// # Errors
+    /// [`NeedsUnmount`](crate::rootfs::NeedsUnmount) if it cannot; it can without the mount.
+    pub(super) fn layer_mounted(&mut self, merged: &Path) -> Result<()> {
+        ensure!(self.layer_rounds > 0, "the source prepares before it has sent any of the writable layer");
+        self.layer.as_mut().context("the writable layer was complete already")?.through(merged, None)
+    }
+
+    /// The root file system is not mounted any more.
+    pub(super) fn layer_unmounted(&mut self) -> Result<()> {
+        self.layer.as_mut().context("the writable layer was complete already")?.unmounted()
+    }
+
+    fn page_event(&mut self, event: PageEvent<'_>) -> Result<()> {
+        match &mut self.pages {
+            Memory::Whole(pages) => pages.event(event),
+            Memory::Live(memory) => memory.planner.event(event),
+        }
+    }
+
+    fn live_memory(&mut self) -> Result<&mut LiveMemory> {
+        match &mut self.pages {
+            Memory::Live(memory) => Ok(memory),
+            Memory::Whole(_) => bail!("memory of a live migration in one that is not live"),
+        }
+    }
+
+    /// Takes a frame once more that [`Receiver::take`] has refused without having done anything but count it.
+    pub(super) fn take_again(&mut self, kind: Kind, payload: &[u8]) -> Result<()> {
+        let counted = self.counter.totals();
+        self.take(kind, payload)?;
+        self.counter.totals = counted;
+        Ok(())
     }
 
     /// Takes one frame of the state.
@@ -229,24 +329,46 @@ impl Receiver {
         match kind {
             Kind::PagesOpen => {
                 ensure!(payload.len() == 9, "a PagesOpen frame of {} bytes", payload.len());
-                let kind = match payload[0] {
-                    1 => ImageKind::Pid,
-                    2 => ImageKind::Shmem,
-                    n => bail!("memory of unknown kind {n}"),
-                };
-                self.pages.event(PageEvent::Open { kind, id: u64_at(payload, 1) })
+                self.page_event(PageEvent::Open { kind: kind_of(payload[0])?, id: u64_at(payload, 1) })
             }
             Kind::Pages => {
                 let (vaddr, flags, bytes) = decode_pages(payload)?;
-                self.pages.event(PageEvent::Pages { vaddr, flags, bytes })
+                self.page_event(PageEvent::Pages { vaddr, flags, bytes })
             }
             Kind::PagesHole => {
                 ensure!(payload.len() == 20, "a PagesHole frame of {} bytes", payload.len());
                 let flags = u32::from_le_bytes(payload[16..20].try_into()?);
                 let (vaddr, pages) = (u64_at(payload, 0), u64_at(payload, 8));
-                self.pages.event(PageEvent::Hole { vaddr, pages, flags })
+                self.page_event(PageEvent::Hole { vaddr, pages, flags })
             }
-            Kind::PagesClose => self.pages.event(PageEvent::Close),
+            Kind::PagesClose => self.page_event(PageEvent::Close),
+            Kind::Memory => {
+                let LiveMemory { store, scratch, .. } = self.live_memory()?;
+                let batch = batch::decode(payload, scratch)?;
+                let space = batch.space();
+                for chunk in batch.chunks() {
+                    match chunk {
+                        Chunk::Data { vaddr, bytes } => store.put(space, vaddr, bytes)?,
+                        Chunk::Zero { vaddr, len } => store.zero(space, vaddr, len)?,
+                        Chunk::Gone { .. } => {}
+                    }
+                }
+                Ok(())
+            }
+            Kind::RemotePages | Kind::HotPages => {
+                let memory = self.live_memory()?;
+                let set = if kind == Kind::HotPages { &mut memory.hot } else { &mut memory.remote };
+                let (space, ranges) = decode_ranges(payload)?;
+                let all = set.entry(space).or_default();
+                *all = all.union(&ranges);
+                Ok(())
+            }
+            Kind::Frozen => {
+                // what came before was brought up to date again and again; from here on everything is counted
+                self.counter = Counter::default();
+                self.open_ended = false;
+                Ok(())
+            }
             Kind::File => {
                 let header: FileHeader = serde_json::from_slice(payload).context("an image file's header")?;
                 ensure!(header.is_safe(), "an image file with the name {:?}", header.name);
@@ -270,8 +392,13 @@ impl Receiver {
                 layer.data(u64_at(payload, 0), &payload[8..])
             }
             Kind::LayerEnd => {
-                let layer = self.layer.take().context("the layer ends twice")?;
-                layer.finish().context("finishing the writable layer")?;
+                let layer = self.layer.as_mut().context("the layer ends twice")?;
+                layer.round().context("finishing a round of the writable layer")?;
+                self.layer_rounds += 1;
+                if !self.open_ended {
+                    let layer = self.layer.take().context("the layer ends twice")?;
+                    layer.finish_rounds().context("finishing the writable layer")?;
+                }
                 Ok(())
             }
             Kind::Stdio => {
@@ -287,15 +414,51 @@ impl Receiver {
     /// # Errors
     /// Something is missing.
     pub fn finish(self, announced: &Final) -> Result<Value> {
+        self.complete(announced)?;
+        match self.pages {
+            Memory::Whole(pages) => pages.finish().context("writing the memory images")?,
+            Memory::Live(_) => bail!("a live migration ends as one that is not live"),
+        };
+        Ok(self.carry)
+    }
+
+    /// The same for a live migration: memory images are made of what has come.
+    ///
+    /// # Errors
+    /// Something is missing, also a single page.
+    pub(super) fn finish_live(self, announced: &Final) -> Result<Whole> {
+        self.complete(announced)?;
+        let Memory::Live(memory) = self.pages else { bail!("no live migration") };
+        let LiveMemory { store, planner, remote, hot, .. } = *memory;
+        let (remote, hot): (Vec<_>, Vec<_>) = (remote.into_iter().collect(), hot.into_iter().collect());
+        let plan = planner.finish(&store, &remote, &hot).context("making CRIU's memory images")?;
+        Ok(Whole { carry: self.carry, store, plan })
+    }
+
+    fn complete(&self, announced: &Final) -> Result<()> {
         ensure!(self.layer.is_none(), "the writable layer did not arrive whole");
         let got = self.counter.totals();
         ensure!(got == *announced, "not everything arrived: {got:?} of {announced:?}");
-        self.pages.finish().context("writing the memory images")?;
-        Ok(self.carry)
+        Ok(())
     }
 }
 
-fn decode_pages(payload: &[u8]) -> Result<(u64, u32, &[u8])> {
+fn kind_number(kind: ImageKind) -> u8 {
+    match kind {
+        ImageKind::Pid => 1,
+        ImageKind::Shmem => 2,
+    }
+}
+
+fn kind_of(number: u8) -> Result<ImageKind> {
+    match number {
+        1 => Ok(ImageKind::Pid),
+        2 => Ok(ImageKind::Shmem),
+        n => bail!("memory of unknown kind {n}"),
+    }
+}
+
+pub(super) fn decode_pages(payload: &[u8]) -> Result<(u64, u32, &[u8])> {
     ensure!(payload.len() >= 12, "a Pages frame of {} bytes", payload.len());
     let flags = u32::from_le_bytes(payload[8..12].try_into()?);
     ensure!(

@@ -6,17 +6,20 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
+use rustls::{ClientConfig, CommonState, ServerConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::codec::{self, CodecError, Kind};
+use super::codec::{self, CodecError, Decoder, Kind};
 use super::protocol::Failure;
+use super::tls_io::TlsIo;
 
 /// The connection to the peer is lost: broken, closed or silent.
 #[derive(Debug)]
@@ -56,34 +59,48 @@ pub trait FrameSink {
 pub trait Transport: Read + Write + Send {
     /// Says that nothing more will be sent (TLS close_notify, TCP FIN).
     fn finish(&mut self) -> io::Result<()>;
-}
 
-impl Transport for StreamOwned<ClientConnection, TcpStream> {
-    fn finish(&mut self) -> io::Result<()> {
-        self.conn.send_close_notify();
-        self.flush()?;
-        self.sock.shutdown(Shutdown::Write)
+    /// Whether it encrypts, notices every changed byte, and collects small writes by itself.
+    fn protects(&self) -> bool {
+        false
+    }
+
+    /// Reads what is there; `WouldBlock` if nothing is.
+    fn try_read(&mut self, _buf: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The descriptor to poll; -1 if there is none.
+    fn fd(&self) -> RawFd {
+        -1
+    }
+
+    /// See [`Wire::low_latency`].
+    fn low_latency(&mut self, _on: bool) -> io::Result<()> {
+        Ok(())
     }
 }
 
-impl Transport for StreamOwned<ServerConnection, TcpStream> {
-    fn finish(&mut self) -> io::Result<()> {
-        self.conn.send_close_notify();
-        self.flush()?;
-        self.sock.shutdown(Shutdown::Write)
-    }
-}
-
-impl Transport for std::os::unix::net::UnixStream {
+impl Transport for UnixStream {
     fn finish(&mut self) -> io::Result<()> {
         self.shutdown(Shutdown::Write)
+    }
+
+    fn try_read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        use nix::sys::socket::{MsgFlags, recv};
+        Ok(recv(self.as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT)?)
+    }
+
+    fn fd(&self) -> RawFd {
+        self.as_raw_fd()
     }
 }
 
 /// Frames over a [`Transport`].
 pub struct Wire {
     io: io::BufWriter<Box<dyn Transport>>,
-    payload: Vec<u8>,
+    decoder: Decoder,
+    protected: bool,
     silence: Duration,
     last_sent: Instant,
     sent: u64,
@@ -93,28 +110,28 @@ pub struct Wire {
 impl Wire {
     /// Takes over a transport whose own timeouts are `silence`.
     pub fn new(io: Box<dyn Transport>, silence: Duration) -> Wire {
-        let io = io::BufWriter::with_capacity(64 << 10, io);
-        Wire { io, payload: Vec::new(), silence, last_sent: Instant::now(), sent: 0, received: 0 }
+        let protected = io.protects();
+        let room = if protected { 0 } else { 64 << 10 };
+        let io = io::BufWriter::with_capacity(room, io);
+        let decoder = Decoder::new(protected);
+        Wire { io, decoder, protected, silence, last_sent: Instant::now(), sent: 0, received: 0 }
     }
 
-    /// TLS 1.3 as the client; returns the peer's certificate chain (verified) beside the connection.
+    /// TLS 1.3 as the client.
     ///
     /// # Errors
     /// The handshake failed (another CA, no certificate, wrong name) or timed out.
     pub fn connect(tcp: TcpStream, config: Arc<ClientConfig>, name: &str, silence: Duration) -> Result<Wire> {
         timeouts(&tcp, silence)?;
         let name = ServerName::try_from(name.to_owned()).context("server name")?;
-        let mut tls = StreamOwned::new(ClientConnection::new(config, name)?, tcp);
-        while tls.conn.is_handshaking() {
-            tls.conn
-                .complete_io(&mut tls.sock)
-                .map_err(handshake)
-                .context("TLS handshake with the destination")?;
-        }
+        let tls = TlsIo::connect(tcp, config, name, silence)
+            .map_err(handshake)
+            .context("TLS handshake with the destination")?;
         Ok(Wire::new(Box::new(tls), silence))
     }
 
-    /// TLS 1.3 as the server. The peer's certificate is given to `check` before anything else happens.
+    /// TLS 1.3 as the server. What the handshake says of the peer (its certificate) is given to `check` before anything
+    /// else happens.
     ///
     /// # Errors
     /// The handshake failed (another CA, no certificate), timed out, or `check` refused the peer.
@@ -122,17 +139,13 @@ impl Wire {
         tcp: TcpStream,
         config: Arc<ServerConfig>,
         silence: Duration,
-        check: impl FnOnce(&ServerConnection) -> Result<()>,
+        check: impl FnOnce(&CommonState) -> Result<()>,
     ) -> Result<Wire> {
         timeouts(&tcp, silence)?;
-        let mut tls = StreamOwned::new(ServerConnection::new(config)?, tcp);
-        while tls.conn.is_handshaking() {
-            tls.conn
-                .complete_io(&mut tls.sock)
-                .map_err(handshake)
-                .context("TLS handshake with the source")?;
-        }
-        check(&tls.conn)?;
+        let tls = TlsIo::accept(tcp, config, silence)
+            .map_err(handshake)
+            .context("TLS handshake with the source")?;
+        check(tls.common())?;
         Ok(Wire::new(Box::new(tls), silence))
     }
 
@@ -157,26 +170,72 @@ impl Wire {
     pub fn recv(&mut self) -> Result<Kind> {
         self.flush()?;
         loop {
-            let kind = codec::read(self.io.get_mut(), &mut self.payload).map_err(|e| match e {
-                CodecError::Io(e) => self.lost(e),
-                CodecError::Truncated { .. } => Lost(format!("the peer closed the connection: {e}")).into(),
-                e => anyhow!("the peer sent something that is no frame: {e}"),
-            })?;
-            self.received += (codec::HEADER_LEN + self.payload.len()) as u64;
-            if kind != Kind::Heartbeat {
+            let io = self.io.get_mut();
+            let kind = self.decoder.next(&mut |buf| io.read(buf)).map_err(|e| self.broken(e))?;
+            if self.arrived(kind) {
                 return Ok(kind);
             }
         }
     }
 
-    /// The payload of the frame that [`Wire::recv`] returned last.
+    /// The next frame that is no heartbeat, if one is there as a whole; never waits, and flushes nothing. Parts of a frame are
+    /// kept for the next call. Bytes that were received are not seen by a poll of [`Wire::fd`]: call this until it says
+    /// none, then poll. Silence is the caller's to notice.
+    ///
+    /// # Errors
+    /// As [`Wire::recv`], but for silence. A checkpoint file cannot do this.
+    pub fn try_recv(&mut self) -> Result<Option<Kind>> {
+        loop {
+            let io = self.io.get_mut();
+            match self.decoder.next(&mut |buf| io.try_read(buf)) {
+                Ok(kind) if self.arrived(kind) => return Ok(Some(kind)),
+                Ok(_) => {}
+                Err(CodecError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) => return Err(self.broken(e)),
+            }
+        }
+    }
+
+    /// The descriptor to poll for input; -1 for a checkpoint file.
+    pub fn fd(&self) -> RawFd {
+        self.io.get_ref().fd()
+    }
+
+    /// On: little of what is sent waits in the socket, so that what is sent next (the answer to a page fault) does not stand
+    /// in line behind megabytes. A sender then wakes up more often: off for bulk.
+    pub fn low_latency(&mut self, on: bool) {
+        if let Err(e) = self.io.get_mut().low_latency(on) {
+            log::warn!("the connection's send buffer stays as it is: {e}");
+        }
+    }
+
+    /// Counts a frame; whether it is one that the caller wants to see.
+    fn arrived(&mut self, kind: Kind) -> bool {
+        self.received += (codec::HEADER_LEN + self.decoder.payload().len()) as u64;
+        kind != Kind::Heartbeat
+    }
+
+    fn broken(&self, e: CodecError) -> anyhow::Error {
+        match e {
+            CodecError::Io(e) => self.lost(e),
+            CodecError::Truncated { .. } => Lost(format!("the peer closed the connection: {e}")).into(),
+            e => anyhow!("the peer sent something that is no frame: {e}"),
+        }
+    }
+
+    /// The payload of the frame that [`Wire::recv`] or [`Wire::try_recv`] returned last.
     pub fn payload(&self) -> &[u8] {
-        &self.payload
+        self.decoder.payload()
+    }
+
+    /// The same, to keep (for another thread); `spare` is memory to receive into, best that of an earlier payload.
+    pub fn take_payload(&mut self, spare: Vec<u8>) -> Vec<u8> {
+        self.decoder.take(spare)
     }
 
     /// The payload read as JSON.
     pub fn message<M: DeserializeOwned>(&self) -> Result<M> {
-        serde_json::from_slice(&self.payload).context("a message of the peer")
+        serde_json::from_slice(self.payload()).context("a message of the peer")
     }
 
     /// Waits for a frame of this kind; a [`Failure`] of the peer becomes this call's error.
@@ -200,9 +259,10 @@ impl Wire {
 
     /// After a failed send: the peer's own reason, if it said one before it hung up.
     pub fn reason(&mut self) -> Option<Failure> {
-        while let Ok(kind) = codec::read(self.io.get_mut(), &mut self.payload) {
+        let io = self.io.get_mut();
+        while let Ok(kind) = self.decoder.next(&mut |buf| io.read(buf)) {
             if kind == Kind::Failed {
-                return self.message().ok();
+                return serde_json::from_slice(self.decoder.payload()).ok();
             }
         }
         None
@@ -235,7 +295,7 @@ impl Wire {
 
 impl FrameSink for Wire {
     fn frame(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<()> {
-        codec::write(&mut self.io, kind, parts).map_err(|e| self.lost(e))?;
+        codec::write(&mut self.io, kind, parts, self.protected).map_err(|e| self.lost(e))?;
         self.last_sent = Instant::now();
         self.sent += codec::HEADER_LEN as u64 + parts.iter().map(|p| p.len() as u64).sum::<u64>();
         Ok(())
@@ -254,7 +314,6 @@ fn timeouts(tcp: &TcpStream, silence: Duration) -> Result<()> {
 mod tests {
     use super::*;
     use crate::migrate::protocol::{Commit, Running};
-    use std::os::unix::net::UnixStream;
 
     fn pair(silence: Duration) -> (Wire, Wire) {
         let (a, b) = UnixStream::pair().unwrap();
@@ -301,5 +360,180 @@ mod tests {
         a.flush().unwrap();
         let e = b.expect::<Running>(Kind::Running).unwrap_err();
         assert_eq!(e.downcast_ref::<Failure>(), Some(&why));
+    }
+
+    /// Of two nodes with a CA of their own.
+    fn configs() -> (Arc<ServerConfig>, Arc<ClientConfig>) {
+        use crate::tls::cert::{Validity, write_ca, write_node};
+        use crate::tls::{ALPN_DATA, config::Pki};
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        write_ca(&path("ca"), "ca", Validity::days(2), false).unwrap();
+        for node in ["a", "b"] {
+            write_node(&path("ca"), &path(node), node, &[], Validity::days(2), false).unwrap();
+        }
+        let server = Pki::new(path("b")).server(&[ALPN_DATA]).unwrap();
+        (server, Pki::new(path("a")).client(ALPN_DATA, Some("b")).unwrap())
+    }
+
+    /// Both ends of a connection over loopback TCP with real certificates; `far` runs in a thread of its own.
+    fn loopback<T: Send + 'static>(
+        far: impl FnOnce(Wire) -> T + Send + 'static,
+    ) -> (Wire, std::thread::JoinHandle<T>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (server, client) = configs();
+        let silence = Duration::from_secs(20);
+        let far = std::thread::spawn(move || {
+            let tcp = listener.accept().unwrap().0;
+            far(Wire::accept(tcp, server, silence, |_| Ok(())).unwrap())
+        });
+        let tcp = TcpStream::connect(address).unwrap();
+        (Wire::connect(tcp, client, "x.migration.transship", silence).unwrap(), far)
+    }
+
+    #[test]
+    fn frames_of_every_size_arrive_over_tls_in_both_directions() {
+        let sizes = [0, 1, 100, 16_367, 16_368, 16_369, 65_536, 300_000, 1 << 20];
+        let bytes = |n: usize| (0..n).map(|i| (i * 31 + n) as u8).collect::<Vec<_>>();
+        let exchange = move |mut wire: Wire| {
+            for round in 0..3 {
+                for n in sizes {
+                    wire.frame(Kind::Memory, &[&bytes(n)[..n / 3], &bytes(n)[n / 3..]]).unwrap();
+                    if round == 1 {
+                        wire.flush().unwrap();
+                    }
+                }
+            }
+            wire.flush().unwrap();
+            let mut spare = Vec::new();
+            for n in [sizes; 3].concat() {
+                assert_eq!(wire.recv().unwrap(), Kind::Memory);
+                assert!(wire.payload() == bytes(n), "{n}");
+                spare = wire.take_payload(spare);
+                assert!(spare == bytes(n));
+            }
+            wire
+        };
+        let (near, far) = loopback(exchange);
+        let mut near = exchange(near);
+        let mut far = far.join().unwrap();
+        near.close().unwrap();
+        let e = far.recv().unwrap_err();
+        assert!(e.is::<Lost>() && e.to_string().contains("closed"), "{e}");
+        far.json(Kind::Commit, &Commit {}).unwrap();
+        far.close().unwrap();
+        near.expect::<Commit>(Kind::Commit).unwrap();
+        assert!(near.recv().is_err());
+        assert!(near.json(Kind::Commit, &Commit {}).and_then(|()| near.flush()).is_err());
+    }
+
+    #[test]
+    fn two_sides_that_both_send_do_not_wait_for_each_other() {
+        let send = |mut wire: Wire| {
+            // so that the sockets hold far less than what is sent
+            for (option, bytes) in [(libc::SO_SNDBUF, 16 << 10), (libc::SO_RCVBUF, 256 << 10)] {
+                let bytes: libc::c_int = bytes;
+                let (value, len) = ((&raw const bytes).cast(), size_of::<libc::c_int>() as libc::socklen_t);
+                // SAFETY: an open socket and an int that lives through the call.
+                let rc = unsafe { libc::setsockopt(wire.fd(), libc::SOL_SOCKET, option, value, len) };
+                assert_eq!(rc, 0);
+            }
+            // and that is less than we hold of what the peer sends meanwhile
+            let piece = vec![7; 64 << 10];
+            for _ in 0..48 {
+                wire.frame(Kind::Memory, &[&piece]).unwrap();
+                wire.flush().unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            (0..48).for_each(|_| assert_eq!(wire.recv().unwrap(), Kind::Memory));
+            wire
+        };
+        let (near, far) = loopback(send);
+        let _near = send(near);
+        far.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_there_is_taken_without_waiting() {
+        let (mut near, far) = loopback(|mut wire| {
+            assert_eq!(wire.recv().unwrap(), Kind::MemoryWant);
+            wire.frame(Kind::Heartbeat, &[]).unwrap();
+            wire.frame(Kind::Memory, &[&vec![5; 1 << 20]]).unwrap();
+            wire.frame(Kind::MemoryDone, &[]).unwrap();
+            wire.close().unwrap();
+            wire.recv().unwrap_err()
+        });
+        near.low_latency(true);
+        assert!(near.try_recv().unwrap().is_none() && near.fd() >= 0);
+        near.frame(Kind::MemoryWant, &[&[1; 25]]).unwrap();
+        near.flush().unwrap();
+        let (mut kinds, mut idle) = (Vec::new(), 0);
+        let until = Instant::now() + Duration::from_secs(20);
+        while kinds.len() < 2 && Instant::now() < until {
+            match near.try_recv().unwrap() {
+                Some(kind) => kinds.push((kind, near.payload().len())),
+                None => idle += 1,
+            }
+        }
+        assert_eq!(kinds, [(Kind::Memory, 1 << 20), (Kind::MemoryDone, 0)]);
+        assert!(idle > 0);
+        near.low_latency(false);
+        near.close().unwrap();
+        assert!(far.join().unwrap().is::<Lost>());
+        let e = std::iter::repeat_with(|| near.try_recv()).find_map(Result::err).unwrap();
+        assert!(e.is::<Lost>(), "{e}");
+    }
+
+    #[test]
+    fn a_peer_of_another_ca_is_told_so() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (server, _) = configs();
+        let (_, client) = configs();
+        let far = std::thread::spawn(move || {
+            let tcp = listener.accept().unwrap().0;
+            Wire::accept(tcp, server, Duration::from_secs(5), |_| Ok(())).map(drop).unwrap_err()
+        });
+        let tcp = TcpStream::connect(address).unwrap();
+        let near = Wire::connect(tcp, client, "x.migration.transship", Duration::from_secs(5));
+        let (near, far) = (near.map(drop).unwrap_err(), far.join().unwrap());
+        let inner = |e: &anyhow::Error| {
+            let io = e.downcast_ref::<io::Error>().and_then(|e| e.get_ref());
+            io.and_then(|e| e.downcast_ref::<rustls::Error>()).cloned()
+        };
+        assert!(matches!(inner(&near), Some(rustls::Error::InvalidCertificate(_))), "{near:#}");
+        assert!(matches!(inner(&far), Some(rustls::Error::AlertReceived(_))), "the alert was sent: {far:#}");
+    }
+
+    /// `cargo test --release --lib -- --ignored --nocapture throughput`
+    #[test]
+    #[ignore = "a measurement"]
+    fn throughput() {
+        for kind in [Kind::Pages, Kind::Memory] {
+            for size in [64 << 10, 1 << 20] {
+                let total = 4usize << 30;
+                let (mut wire, far) = loopback(move |mut wire| {
+                    let mut got = 0;
+                    while wire.recv().unwrap() != Kind::MemoryDone {
+                        got += wire.payload().len();
+                    }
+                    wire.json(Kind::Commit, &Commit {}).unwrap();
+                    wire.flush().unwrap();
+                    got
+                });
+                let data: Vec<u8> =
+                    (0..size as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+                let start = Instant::now();
+                for _ in 0..total / size {
+                    wire.frame(kind, &[&data]).unwrap();
+                }
+                wire.frame(Kind::MemoryDone, &[]).unwrap();
+                wire.expect::<Commit>(Kind::Commit).unwrap();
+                let rate = total as f64 / start.elapsed().as_secs_f64() / 1e6;
+                assert_eq!(far.join().unwrap(), total / size * size);
+                println!("{kind:?} frames of {} KiB: {rate:.0} MB/s", size >> 10);
+            }
+        }
     }
 }

@@ -24,6 +24,9 @@ pub const MAX_ENTRY: usize = 4 << 20;
 /// Largest size of a file (2^63-1, `loff_t`).
 pub const MAX_SIZE: u64 = i64::MAX as u64;
 
+/// The format of later rounds ([`Entry::Round`]).
+pub const ROUND_FORMAT: u32 = 1;
+
 /// One element of the stream. Paths are bytes relative to the layer's root, without a leading slash; the root is empty.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Entry {
@@ -43,6 +46,23 @@ pub enum Entry {
         /// The first name, relative to the layer's root.
         target: Vec<u8>,
     },
+    /// The first entry of every round but the first: what follows are changes to what the earlier rounds brought.
+    Round {
+        /// [`ROUND_FORMAT`]; another number is refused.
+        format: u32,
+    },
+    /// A name, with everything below it, is no more.
+    Remove {
+        /// What goes.
+        path: Vec<u8>,
+    },
+    /// Zeros without blocks, in the [`Kind::Patch`] whose entry was sent last. In order with its data.
+    Hole {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// The end of the stream, so that one cut short is never taken for a whole one.
     End(Totals),
 }
@@ -54,6 +74,12 @@ pub enum Kind {
     Directory,
     /// A regular file; its data follows, holes are left out.
     File {
+        /// Length in bytes, holes included.
+        size: u64,
+    },
+    /// A regular file that the destination has already, under this very name: it gets this size and these attributes,
+    /// and what follows of its data replaces what it holds. Only in later rounds.
+    Patch {
         /// Length in bytes, holes included.
         size: u64,
     },
@@ -137,11 +163,11 @@ pub struct Totals {
 }
 
 impl Entry {
-    /// The entry's path; none for the end mark.
+    /// The entry's path; none for marks and holes.
     pub fn path(&self) -> Option<&[u8]> {
         match self {
-            Entry::Node { path, .. } | Entry::Link { path, .. } => Some(path),
-            Entry::End(_) => None,
+            Entry::Node { path, .. } | Entry::Link { path, .. } | Entry::Remove { path } => Some(path),
+            Entry::Round { .. } | Entry::Hole { .. } | Entry::End(_) => None,
         }
     }
 
@@ -161,7 +187,24 @@ impl Entry {
                 check_path(path)?;
                 check_path(target)?;
                 ensure!(!path.is_empty() && !target.is_empty(), "the root cannot be a hard link");
-                ensure!(order(target, path) == Ordering::Less, "a hard link to a name that comes later");
+                ensure!(path != target, "a hard link to itself");
+                Ok(())
+            }
+            Entry::Round { format } => {
+                ensure!(
+                    *format == ROUND_FORMAT,
+                    "a round of format {format}, which this version does not know"
+                );
+                Ok(())
+            }
+            Entry::Remove { path } => {
+                check_path(path)?;
+                ensure!(!path.is_empty(), "the root cannot be removed");
+                Ok(())
+            }
+            Entry::Hole { offset, len } => {
+                let end = offset.checked_add(*len).filter(|end| *len > 0 && *end <= MAX_SIZE);
+                ensure!(end.is_some(), "a hole of {len} bytes at {offset}");
                 Ok(())
             }
             Entry::End(_) => Ok(()),
@@ -173,7 +216,7 @@ fn check_kind(path: &[u8], kind: &Kind) -> Result<()> {
     match kind {
         Kind::Directory => {}
         _ if path.is_empty() => bail!("the root is not a directory"),
-        Kind::File { size } => ensure!(*size <= MAX_SIZE, "a file of {size} bytes"),
+        Kind::File { size } | Kind::Patch { size } => ensure!(*size <= MAX_SIZE, "a file of {size} bytes"),
         Kind::Symlink { target } => {
             ensure!(!target.is_empty() && target.len() <= MAX_SYMLINK, "a symlink of {} bytes", target.len());
             ensure!(!target.contains(&0), "a symlink with a NUL");
@@ -311,10 +354,22 @@ mod tests {
             Entry::Link { path: path.to_vec(), target: target.to_vec() }.check(OverlayXattrs::Trusted)
         };
         link(b"b", b"a").unwrap();
-        for (path, target) in [(&b"a"[..], &b"b"[..]), (b"a", b"a"), (b"a", b""), (b"", b""), (b"b", b"../a")]
-        {
+        for (path, target) in [(&b"a"[..], &b"a"[..]), (b"a", b""), (b"", b""), (b"b", b"../a")] {
             assert!(link(path, target).is_err());
         }
+        let bad = [
+            Entry::Remove { path: vec![] },
+            Entry::Remove { path: b"../a".to_vec() },
+            Entry::Remove { path: b"/a".to_vec() },
+            Entry::Round { format: ROUND_FORMAT + 1 },
+            Entry::Hole { offset: 0, len: 0 },
+            Entry::Hole { offset: u64::MAX, len: 2 },
+            Entry::Hole { offset: MAX_SIZE, len: 1 },
+        ];
+        for entry in bad {
+            assert!(entry.check(OverlayXattrs::Trusted).is_err(), "{entry:?}");
+        }
+        assert!(check(Kind::Patch { size: u64::MAX }, meta()).is_err());
         let root = Entry::Node { path: vec![], kind: Kind::Fifo, meta: meta() };
         assert!(root.check(OverlayXattrs::Trusted).is_err());
     }

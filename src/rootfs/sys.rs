@@ -258,7 +258,51 @@ pub fn empty(dir: BorrowedFd<'_>, depth: usize) -> io::Result<()> {
     Ok(())
 }
 
-fn clear_protection(fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Removes a name and, if it is a directory, all that is below; false if there was none. As [`empty`].
+pub fn remove(parent: BorrowedFd<'_>, name: &[u8], depth: usize) -> io::Result<bool> {
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    match unlinkat(parent, name, UnlinkatFlags::NoRemoveDir) {
+        Ok(()) => return Ok(true),
+        Err(Errno::ENOENT) => return Ok(false),
+        Err(Errno::EISDIR | Errno::EPERM) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let node = open_beneath(parent, name, OFlag::O_PATH | OFlag::O_NOFOLLOW)?;
+    match nix::sys::stat::fstat(&node)?.st_mode & libc::S_IFMT {
+        libc::S_IFDIR => {
+            empty(node.as_fd(), depth)?;
+            unlinkat(parent, name, UnlinkatFlags::RemoveDir)?;
+        }
+        libc::S_IFREG => {
+            clear_protection(reopen(node.as_fd(), OFlag::O_RDONLY)?.as_fd())?;
+            unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)?;
+        }
+        _ => return Err(Errno::EPERM.into()),
+    }
+    Ok(true)
+}
+
+/// Makes a range of a file a hole; zeros are written where the filesystem has none.
+pub fn punch(fd: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    match fallocate(fd, flags, offset as libc::off_t, len as libc::off_t) {
+        Ok(()) => Ok(()),
+        Err(Errno::EOPNOTSUPP) => {
+            let zeros = [0u8; 64 << 10];
+            let (mut at, end) = (offset, offset + len);
+            while at < end {
+                let n = zeros.len().min((end - at) as usize);
+                at += nix::sys::uio::pwrite(fd, &zeros[..n], at as libc::off_t)? as u64;
+            }
+            Ok(())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Takes the flags away that forbid changes.
+pub fn clear_protection(fd: BorrowedFd<'_>) -> io::Result<()> {
     let now = flags(fd)?;
     if now & super::entry::PROTECTED != 0 {
         set_flags(fd, now & !super::entry::PROTECTED)?;

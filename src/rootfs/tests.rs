@@ -29,6 +29,15 @@ fn random_layers_arrive_exactly() {
     println!("{sum:?}");
 }
 
+#[test]
+fn random_rounds_arrive_exactly() {
+    if skip() {
+        return;
+    }
+    let sum = testing::rounds(number("TRANSSHIP_SEED", 1), number("TRANSSHIP_CASES", 24)).unwrap();
+    println!("{sum:?}");
+}
+
 /// Applies hand-made entries and tells how it ended.
 fn apply(dir: &Path, entries: &[Entry]) -> Result<Stats> {
     let mut apply = Wire::new(Apply::new(dir)?);

@@ -18,6 +18,10 @@ const SOCKET: u8 = 6;
 const CHAR_DEVICE: u8 = 7;
 const BLOCK_DEVICE: u8 = 8;
 const WHITEOUT: u8 = 9;
+const ROUND: u8 = 10;
+const REMOVE: u8 = 11;
+const HOLE: u8 = 12;
+const PATCH: u8 = 13;
 
 impl Entry {
     /// Appends the entry's bytes.
@@ -33,11 +37,24 @@ impl Entry {
                 put_bytes(out, path);
                 put_bytes(out, target);
             }
+            Entry::Round { format } => {
+                out.push(ROUND);
+                put_number(out, (*format).into());
+            }
+            Entry::Remove { path } => {
+                out.push(REMOVE);
+                put_bytes(out, path);
+            }
+            Entry::Hole { offset, len } => {
+                out.push(HOLE);
+                put_number(out, *offset);
+                put_number(out, *len);
+            }
             Entry::Node { path, kind, meta } => {
                 out.push(tag(kind));
                 put_bytes(out, path);
                 match kind {
-                    Kind::File { size } => put_number(out, *size),
+                    Kind::File { size } | Kind::Patch { size } => put_number(out, *size),
                     Kind::Symlink { target } => put_bytes(out, target),
                     Kind::CharDevice { major, minor } | Kind::BlockDevice { major, minor } => {
                         put_number(out, (*major).into());
@@ -68,6 +85,7 @@ fn tag(kind: &Kind) -> u8 {
     match kind {
         Kind::Directory => DIRECTORY,
         Kind::File { .. } => FILE,
+        Kind::Patch { .. } => PATCH,
         Kind::Symlink { .. } => SYMLINK,
         Kind::Fifo => FIFO,
         Kind::Socket => SOCKET,
@@ -119,12 +137,16 @@ impl Reader<'_> {
         match tag {
             END => return Ok(Entry::End(Totals { entries: self.number()?, bytes: self.number()? })),
             LINK => return Ok(Entry::Link { path: self.bytes()?, target: self.bytes()? }),
+            ROUND => return Ok(Entry::Round { format: self.small()? }),
+            REMOVE => return Ok(Entry::Remove { path: self.bytes()? }),
+            HOLE => return Ok(Entry::Hole { offset: self.number()?, len: self.number()? }),
             _ => {}
         }
         let path = self.bytes()?;
         let kind = match tag {
             DIRECTORY => Kind::Directory,
             FILE => Kind::File { size: self.number()? },
+            PATCH => Kind::Patch { size: self.number()? },
             SYMLINK => Kind::Symlink { target: self.bytes()? },
             FIFO => Kind::Fifo,
             SOCKET => Kind::Socket,
@@ -195,7 +217,7 @@ mod tests {
 
     fn entry(rng: &mut Random) -> Entry {
         let path = rng.bytes(12);
-        let kind = match rng.below(10) {
+        let kind = match rng.below(14) {
             0 => return Entry::End(Totals { entries: rng.next(), bytes: rng.next() }),
             1 => return Entry::Link { path, target: rng.bytes(300) },
             2 => Kind::Directory,
@@ -205,6 +227,10 @@ mod tests {
             6 => Kind::Socket,
             7 => Kind::CharDevice { major: rng.next() as u32, minor: 3 },
             8 => Kind::BlockDevice { major: 7, minor: rng.next() as u32 },
+            9 => return Entry::Round { format: rng.next() as u32 },
+            10 => return Entry::Remove { path },
+            11 => return Entry::Hole { offset: rng.next() >> rng.below(64), len: rng.next() },
+            12 => Kind::Patch { size: rng.next() >> rng.below(64) },
             _ => Kind::Whiteout,
         };
         let time =

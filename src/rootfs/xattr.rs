@@ -92,6 +92,24 @@ pub(crate) fn is_opaque(name: &[u8], value: &[u8]) -> bool {
     (name == b"trusted.overlay.opaque" || name == b"user.overlay.opaque") && value == b"y"
 }
 
+/// What follows overlayfs' prefix, if the attribute is one of its marks.
+pub(crate) fn mark(name: &[u8], overlay: OverlayXattrs) -> Option<&[u8]> {
+    overlay.prefix().and_then(|p| name.strip_prefix(p))
+}
+
+/// Is this one of overlayfs' marks that are sent?
+pub(crate) fn is_sent_mark(name: &[u8], overlay: OverlayXattrs) -> bool {
+    mark(name, overlay).is_some() && judge(name, overlay) == Verdict::Keep
+}
+
+/// Does this mark decide which directory of the image shows through one of the layer's?
+pub(crate) fn is_layout(name: &[u8]) -> bool {
+    [&b"trusted.overlay."[..], b"user.overlay."]
+        .iter()
+        .filter_map(|p| name.strip_prefix(*p))
+        .any(|mark| matches!(mark, b"opaque" | b"redirect" | b"whiteouts"))
+}
+
 /// Does a fresh directory have to lose this attribute before it is filled? overlayfs' own marks and the label that the
 /// destination's security module gave stay, unless the stream says otherwise.
 pub(crate) fn is_leftover(name: &[u8], overlay: OverlayXattrs) -> bool {

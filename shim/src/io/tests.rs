@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::*;
 
 /// Generous: the machine may be busy.
-pub const LONG: Duration = Duration::from_secs(20);
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// Starts a logging program as the shim's reaper would.
 pub fn spawn(mut command: Command) -> Result<Spawned> {

@@ -19,6 +19,27 @@ use super::{tests::*, *};
 const NO_GRACE: Duration = Duration::ZERO;
 const GRACE: Duration = Duration::from_millis(200);
 
+/// Waits until a writer stands still because nobody reads: what `client` could read has filled its FIFO, and the writer has slept for a
+/// while without writing on. Only for one that never stops writing by itself.
+async fn stuck(writer: &Child, client: &File) {
+    use std::os::fd::AsRawFd;
+    let proc = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", writer.id())).unwrap();
+    let written = || proc("io").lines().find_map(|l| l.strip_prefix("wchar: ").map(String::from));
+    let sleeps = || proc("stat").rsplit_once(") ").unwrap().1.starts_with('S');
+    let (begun, mut before, mut quiet) = (Instant::now(), None, 0);
+    while quiet < 8 {
+        assert!(begun.elapsed() < LONG, "the writer never got stuck");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let mut readable = 0;
+        // SAFETY: FIONREAD writes one int.
+        let asked = unsafe { libc::ioctl(client.as_raw_fd(), libc::FIONREAD, &mut readable) };
+        let now = (written(), readable);
+        let still = asked == 0 && readable > 60 << 10 && sleeps() && before.as_ref() == Some(&now);
+        quiet = if still { quiet + 1 } else { 0 };
+        before = Some(now);
+    }
+}
+
 fn freeze(child: &Child) {
     let pid = Pid::from_raw(child.id() as i32);
     kill(pid, Signal::SIGSTOP).unwrap();
@@ -164,7 +185,7 @@ async fn stuck_reader_that_wakes_up_reads_no_carried_byte() {
             .unwrap();
     let (io_a, child) = ProcessIo::open(&cfg_a, &context(false)).await.unwrap();
     let writer = seq(100_000, child);
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    stuck(&writer, &client).await;
     freeze(&writer);
     let carry = io_a.quiesce(Duration::from_millis(20)).await.unwrap();
     assert!(carry.stdout.len() > 64 << 10, "pipe and pending: {}", carry.stdout.len());
@@ -381,7 +402,7 @@ async fn terminal_output_is_carried_when_the_reader_is_stuck() {
             .unwrap();
     let (io_a, slave_a) = console(&cfg_a, false).await;
     let mut seq = Command::new("seq").arg("100000").stdin(Stdio::null()).stdout(slave_a).spawn().unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    stuck(&seq, &client).await;
     assert!(seq.try_wait().unwrap().is_none(), "it must be blocked");
     freeze(&seq);
     let once = io_a.quiesce(Duration::from_millis(20)).await.unwrap();
@@ -441,7 +462,11 @@ async fn logging_program_on_both_sides() {
     let (io_a, child_a) = ProcessIo::open(&cfg_a, &context(false)).await.unwrap();
     let mut process = File::from(child_a.stdout.unwrap());
     process.write_all(b"to a\n").unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    let begun = Instant::now();
+    while std::fs::read_to_string(&log_a).unwrap_or_default() != "to a\n" {
+        assert!(begun.elapsed() < LONG, "the source's program never read its line");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     process.write_all(b"to b\n").unwrap();
     for _ in 0..2 {
         assert_eq!(io_a.quiesce(Duration::from_millis(20)).await.unwrap().stdout, b"to b\n");

@@ -13,7 +13,12 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
-use transship::{criu, migrate::destination::DestinationTask, rootfs::WritableLayer};
+use transship::{
+    cgroup::Freezer,
+    criu,
+    migrate::destination::{DestinationTask, Killer},
+    rootfs::WritableLayer,
+};
 
 use super::source::layer_of;
 use crate::{
@@ -24,6 +29,9 @@ use crate::{
     runc::{RestoreArgs, RuncError, read_pid},
     stdio::Opened,
 };
+
+/// How long killed tasks may take to be gone.
+const KILL: Duration = Duration::from_secs(10);
 
 /// A container that arrives.
 pub struct Arriving {
@@ -47,7 +55,7 @@ impl Arriving {
         Ok(Arriving { container, io: None, opened: None, console: None, ended: None, since, mounted: false })
     }
 
-    fn work_dir(&self) -> PathBuf {
+    fn work(&self) -> PathBuf {
         self.container.bundle.join("work")
     }
 }
@@ -78,15 +86,19 @@ impl DestinationTask for Arriving {
         Ok(())
     }
 
+    fn work_dir(&self) -> Result<PathBuf> {
+        std::fs::create_dir_all(self.work()).context("creating CRIU's work directory")?;
+        Ok(self.work())
+    }
+
     fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()> {
-        std::fs::create_dir_all(self.work_dir()).context("creating CRIU's work directory")?;
         let mut path = OsString::from(path_first);
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
         let opened = self.opened.take().context("no stdio was made")?;
         let args = RestoreArgs {
             image_path: images.to_owned(),
-            work_dir: self.work_dir(),
+            work_dir: self.work(),
             console_socket: opened.console.as_ref().map(|c| c.path().to_owned()),
             no_pivot: self.container.options.no_pivot_root,
             open_tcp: true,
@@ -111,7 +123,7 @@ impl DestinationTask for Arriving {
             Ok(Ok(())) => Some(read_pid(&self.container.runc.pid_file())),
             Ok(Err(e)) => {
                 // runc's own words say little ("type NOTIFY errno 0"): CRIU's first error line says what it was
-                let log = self.work_dir().join("restore.log");
+                let log = self.work().join("restore.log");
                 let said = e
                     .downcast_ref::<RuncError>()
                     .map_or_else(|| format!("{e:#}"), |e| e.explain("runc restore"));
@@ -142,6 +154,14 @@ impl DestinationTask for Arriving {
             io.resume();
         }
         self.container.adopt_restored(pid, io, self.since).map_err(|e| anyhow!("{e}"))
+    }
+
+    fn killer(&self) -> Killer {
+        let container = self.container.clone();
+        Box::new(move || {
+            let pid = i32::try_from(container.init.pid()).context("the init's pid")?;
+            Freezer::of_pid(pid)?.kill_all(KILL).context("killing the tasks")
+        })
     }
 
     fn undo(&mut self) {

@@ -25,8 +25,13 @@ use std::{
 
 use tokio::task::JoinHandle;
 use transship::{
-    control::{self, MigrationState},
-    migrate::{abort::Abort, source::Still},
+    control::{self, Event, MigrationState, ReceiveRequest},
+    migrate::{
+        abort::Abort,
+        filling::{Filling, Whereabouts},
+        source::Still,
+        tuning::OnPostCopyFailure,
+    },
 };
 
 use crate::{container::Container, hooks::Hooks};
@@ -40,6 +45,9 @@ struct SlotState {
     migration: MigrationState,
     abort: Option<Abort>,
     undecided: Option<Still>,
+    filling: Option<Filling>,
+    /// Where a container that arrived came from, and what is to become of it if its memory is lost there.
+    origin: (String, OnPostCopyFailure),
 }
 
 impl Slot {
@@ -49,7 +57,17 @@ impl Slot {
 
     /// Where the container stands between two nodes.
     pub fn migration(&self) -> MigrationState {
-        self.state().migration.clone()
+        let state = self.state();
+        let (MigrationState::Arrived { migration_id }, Some(filling)) = (&state.migration, &state.filling)
+        else {
+            return state.migration.clone();
+        };
+        let (migration_id, (peer, choice)) = (migration_id.clone(), state.origin.clone());
+        match filling.whereabouts() {
+            Whereabouts::Here => MigrationState::Arrived { migration_id },
+            Whereabouts::Away(left) => MigrationState::Filling { migration_id, peer, left },
+            Whereabouts::Lost(bytes) => MigrationState::Lost { migration_id, peer, bytes, choice },
+        }
     }
 
     /// Notes where it stands now.
@@ -68,6 +86,24 @@ impl Slot {
         }
         (state.migration, state.abort) = (migration, Some(abort));
         Ok(())
+    }
+
+    /// It has arrived; `filling` completes its memory in the background.
+    fn arrived(&self, request: &ReceiveRequest, filling: Option<Filling>) {
+        let migration_id = request.migration_id.clone();
+        let mut state = self.state();
+        state.origin = (request.peer.clone(), request.on_post_copy_failure);
+        (state.migration, state.abort) = (MigrationState::Arrived { migration_id }, None);
+        state.filling = filling;
+    }
+
+    /// Waits until the memory of a container that arrived here is in its place: only then can it leave again.
+    fn wait_filled(&self, say: &dyn Fn(Event)) -> anyhow::Result<()> {
+        let Some(filling) = self.state().filling.take() else { return Ok(()) };
+        if !filling.is_finished() {
+            say(Event::Phase { phase: "wait for the last migration's memory".into() });
+        }
+        filling.wait()
     }
 
     /// Ends it, however it went.

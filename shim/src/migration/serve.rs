@@ -17,9 +17,11 @@ use transship::{
         abort::Abort,
         archive,
         destination::{self, failure_of},
+        filling::Filling,
         protocol::ALPN_DATA,
         report::Report,
         source::{self, Options, Outcome},
+        tuning::Tuning,
         wire::Wire,
     },
     tls,
@@ -130,6 +132,8 @@ fn send(
     tcp: TcpStream,
     say: &dyn Fn(Event),
 ) -> Result<Option<Report>> {
+    // it may have come only a moment ago, with its memory still on the way to its place
+    slot.wait_filled(say)?;
     let leaving = Leaving::begin(container)?;
     let abort = Abort::cutting(&tcp).context("the connection to the destination")?;
     let migration_id = request.migration_id.clone();
@@ -138,19 +142,31 @@ fn send(
     let options = Options {
         migration_id: migration_id.clone(),
         node: request.node.clone(),
+        peer: request.peer.clone(),
         limits: request.limits.clone(),
+        tuning: request.tuning.clone(),
     };
     let outcome = (|| {
         let config = tls::config::client(&request.tls, ALPN_DATA, Some(&request.peer))?;
         let name = tls::migration_name(&migration_id);
         let silence = std::time::Duration::from_secs(request.limits.silence_s);
-        let mut wire = Wire::connect(tcp, config, &name, silence)?;
-        source::send(&mut wire, &request.ticket, Box::new(leaving), &options, &abort, say)
+        let wire = Wire::connect(tcp, config, &name, silence)?;
+        let tell = |event: Event| {
+            if let Event::PostCopy { bytes, total } = event {
+                slot.set(MigrationState::Feeding {
+                    migration_id: migration_id.clone(),
+                    peer: request.peer.clone(),
+                    left: total - bytes,
+                });
+            }
+            say(event);
+        };
+        source::send(wire, &request.ticket, Box::new(leaving), &options, &abort, &tell)
     })();
     match outcome {
         Ok(Outcome::Moved(report)) => {
             slot.end(MigrationState::Moved { migration_id });
-            Ok(Some(report))
+            Ok(Some(*report))
         }
         Ok(Outcome::Undecided(still, message)) => {
             let (peer, address) = (request.peer.clone(), request.address.clone());
@@ -158,6 +174,11 @@ fn send(
             slot.end(MigrationState::Undecided { migration_id, peer, address });
             say(Event::Undecided { message });
             Ok(None)
+        }
+        Ok(Outcome::Lost(loss)) => {
+            let (peer, bytes, choice) = (loss.peer.clone(), loss.bytes, loss.choice);
+            slot.end(MigrationState::Lost { migration_id, peer, bytes, choice });
+            Err(loss.failure(&container.id).into())
         }
         Err(e) => {
             slot.end(MigrationState::Idle);
@@ -174,22 +195,21 @@ fn checkpoint(
     file: File,
     say: &dyn Fn(Event),
 ) -> Result<Option<Report>> {
+    slot.wait_filled(say)?;
     let leaving = Leaving::begin(container)?;
     let abort = Abort::default();
     let migration_id = request.migration_id.clone();
     slot.begin(MigrationState::Sending { migration_id: migration_id.clone() }, abort.clone())
         .map_err(|e| anyhow!(e))?;
-    let options = Options { migration_id, node: request.node.clone(), limits: request.limits };
-    let result = archive::create(file).and_then(|mut wire| {
-        source::checkpoint(
-            &mut wire,
-            Box::new(leaving),
-            &options,
-            request.container,
-            request.stop,
-            &abort,
-            say,
-        )
+    let options = Options {
+        migration_id,
+        node: request.node.clone(),
+        peer: String::new(),
+        limits: request.limits,
+        tuning: Tuning::default(),
+    };
+    let result = archive::create(file).and_then(|wire| {
+        source::checkpoint(wire, Box::new(leaving), &options, request.container, request.stop, &abort, say)
     });
     slot.end(MigrationState::Idle);
     result.map(Some).map_err(|e| failure_of(&e, "checkpoint", &options.node).into())
@@ -218,7 +238,7 @@ fn restore(
     let manifest = archive::open(&mut file)?;
     let wire = archive::resume(file);
     arrive(slot, request, Abort::default(), |abort| {
-        destination::restore(wire, manifest, &mut arriving, request, abort, say)
+        Ok((destination::restore(wire, manifest, &mut arriving, request, abort, say)?, None))
     })
 }
 
@@ -226,14 +246,14 @@ fn arrive(
     slot: &Slot,
     request: &ReceiveRequest,
     abort: Abort,
-    work: impl FnOnce(&Abort) -> Result<Report>,
+    work: impl FnOnce(&Abort) -> Result<(Report, Option<Filling>)>,
 ) -> Result<Option<Report>> {
     let migration_id = request.migration_id.clone();
     slot.begin(MigrationState::Receiving { migration_id: migration_id.clone() }, abort.clone())
         .map_err(|e| anyhow!(e))?;
     match work(&abort) {
-        Ok(report) => {
-            slot.end(MigrationState::Arrived { migration_id });
+        Ok((report, filling)) => {
+            slot.arrived(request, filling);
             Ok(Some(report))
         }
         Err(e) => {

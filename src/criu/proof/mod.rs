@@ -7,16 +7,21 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
+mod live;
+mod memory;
+
+use super::gate_server::Opening;
 use super::gate_server::{self, CRIU_CONF_ANNOTATION, GateServer, Wait};
 use super::options::{Facts, Limits, dump_options};
-use super::{Criu, DumpRequest, PageStore, images, stdio};
+use super::plan::{EagerPolicy, Plan, Planner};
+use super::{Criu, DumpRequest, MemoryMode, PageStore, Worker, images, stdio};
 use crate::cgroup::Freezer;
 
 const RUNCS: [&str; 2] = ["/opt/testbed/p13/bin/runc", "/opt/testbed/pforky/bin/runc"];
@@ -64,6 +69,10 @@ fn a_container_moves_is_refused_and_moves_again() {
         return println!("SKIPPED: {reason}");
     }
     if std::env::var_os("TRANSSHIP_PROOF_INSIDE").is_some() {
+        // to measure instead of to prove
+        if std::env::var_os("ROUNDS").is_some() {
+            return Bed::new(RUNCS[0], false).and_then(|mut bed| bed.fixed_cost()).unwrap();
+        }
         for runc in RUNCS {
             for cgroupns in [false, true] {
                 println!("--- {runc}, cgroup namespace: {cgroupns}");
@@ -149,8 +158,39 @@ struct Bed {
     criu: Criu,
     dir: PathBuf,
     output: Output,
+    fast: Fast,
+    /// Dump and restore of each move, milliseconds.
+    took: std::cell::RefCell<Vec<[f64; 2]>>,
     /// The sums that the container has to answer, computed by its twin that is never moved.
     twin: Option<Client>,
+}
+
+/// How memory travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// With its bytes through CRIU.
+    Full,
+    /// CRIU's list; all of it in the images.
+    Eager,
+    /// CRIU's list; what can be lazy is.
+    Lazy,
+}
+
+/// What a dump and a restore are made faster with.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fast {
+    /// CRIU runs in the container's network namespace, at both ends.
+    netns: bool,
+    /// Our own tar.
+    tar: bool,
+    /// Log level 1, at both ends.
+    quiet: bool,
+}
+
+/// What waits for a dump's events.
+enum Sink {
+    Store(PageStore),
+    Planner(Planner, live::Holes),
 }
 
 struct Container {
@@ -177,6 +217,8 @@ impl Bed {
             criu: Criu::find(Some(Path::new(CRIU)))?,
             dir,
             output: Output::default(),
+            fast: Fast::default(),
+            took: Default::default(),
             twin: None,
         })
     }
@@ -209,7 +251,7 @@ impl Bed {
         let cgroup = if self.cgroupns { r#",{"type":"cgroup"}"# } else { "" };
         let json = format!(
             r#"{{"ociVersion":"1.0.2","annotations":{{"{CRIU_CONF_ANNOTATION}":"{bundle}/criu.conf"}},
- "process":{{"terminal":false,"user":{{"uid":0,"gid":0}},"args":["/hog","16"],"cwd":"/","env":["PATH=/"],
+ "process":{{"terminal":false,"user":{{"uid":0,"gid":0}},"args":["/hog","{mb}"],"cwd":"/","env":["PATH=/"],
   "capabilities":{{"bounding":["CAP_KILL"],"effective":["CAP_KILL"],"permitted":["CAP_KILL"]}},"noNewPrivileges":true}},
  "root":{{"path":"rootfs"}},"hostname":"hog",
  "mounts":[{{"destination":"/proc","type":"proc","source":"proc"}},
@@ -226,7 +268,8 @@ impl Bed {
   "maskedPaths":["/proc/acpi","/proc/kcore","/proc/keys","/proc/timer_list","/sys/firmware"],
   "readonlyPaths":["/proc/bus","/proc/fs","/proc/irq","/proc/sys","/proc/sysrq-trigger"]}}}}"#,
             bundle = bundle.display(),
-            dir = self.dir.display()
+            dir = self.dir.display(),
+            mb = std::env::var("MB").unwrap_or("16".into())
         );
         fs::write(bundle.join("config.json"), json)?;
         Ok(bundle)
@@ -283,7 +326,14 @@ impl Bed {
     }
 
     /// Moves a container; `refuse` says no at the second gate.
-    fn move_to(&self, from: &Container, id: &str, netns: &str, refuse: bool) -> Result<Option<Container>> {
+    fn move_to(
+        &self,
+        from: &Container,
+        id: &str,
+        netns: &str,
+        memory: Memory,
+        refuse: bool,
+    ) -> Result<Option<Container>> {
         let spec = oci_spec::runtime::Spec::load(from.bundle.join("config.json"))?;
         self.netns(netns)?;
         let bundle = self.bundle(id, netns)?;
@@ -300,7 +350,7 @@ impl Bed {
         let state = PathBuf::from(format!("/run/runc/{}/state.json", from.id));
         let descriptors = stdio::descriptors(Some(&state), from.pid)?;
         stdio::write(&images_in, &descriptors)?;
-        let mut gates = GateServer::prepare(&bundle, &std::env::current_exe()?, &self.criu.path, "")?;
+        let mut gates = GateServer::prepare(&bundle, &program()?, &self.criu.path, "")?;
         let begun = Instant::now();
         let runc = self.restore(&bundle, &images_in, &work, id, &gates)?;
         let pidfd = gate_server::pidfd(i32::try_from(runc.id())?)?;
@@ -310,16 +360,36 @@ impl Bed {
 
         // Source.
         let freezer = Freezer::of_pid(from.pid)?;
+        let mode = if memory == Memory::Full { MemoryMode::Full } else { MemoryMode::Parent };
+        let tools = match self.fast.tar {
+            true => Some(super::tar::tools(&work, &program()?)?),
+            false => None,
+        };
+        let inside = match self.fast.netns {
+            true => Some(File::open(format!("/proc/{}/ns/net", from.pid))?),
+            false => None,
+        };
+        let worker =
+            Worker { memory: mode, netns: inside.as_ref().map(|f| f.as_fd()), path_first: tools.as_deref() };
+        let ready = self.criu.prepare_dump(&worker)?;
         let frozen_at = Instant::now();
         ensure!(!freezer.freeze(SOON)?, "was frozen before");
         let froze = frozen_at.elapsed();
         self.link(&from.netns, "down")?;
         let facts = Facts::gather(&spec, from.pid, &from.bundle.join("rootfs"), freezer.path())?;
-        let opts = dump_options(&spec, &facts, &Limits::default())?;
-        let store = Mutex::new(PageStore::new(&images_in, 1 << 30));
+        let log_level = if self.fast.quiet { 1 } else { 4 };
+        let opts = dump_options(&spec, &facts, &Limits { log_level, ..Limits::default() })?;
+        let eager_max = if memory == Memory::Eager { u64::MAX } else { 0 };
+        let mut sink = match memory {
+            Memory::Full => Sink::Store(PageStore::new(&images_in, 1 << 30)),
+            _ => Sink::Planner(
+                Planner::new(&images_in, EagerPolicy { eager_max, hot_max: 1 << 20 }),
+                live::Holes::default(),
+            ),
+        };
         let mut post_dump = false;
         let dumping = Instant::now();
-        let stats = self.criu.dump(
+        let stats = ready.dump(
             &mut DumpRequest {
                 opts,
                 images_dir: &images_out,
@@ -329,14 +399,17 @@ impl Bed {
                     post_dump = true;
                     Ok(())
                 }),
-                netns: None,
-                path_first: None,
             },
-            &mut |event| store.lock().expect("one thread").event(event),
+            &mut |event| match &mut sink {
+                Sink::Store(store) => store.event(event),
+                Sink::Planner(planner, holes) => {
+                    holes.event(&event);
+                    planner.event(event)
+                }
+            },
         )?;
         let dumped = dumping.elapsed();
-        let bytes = store.into_inner().expect("one thread").finish()?;
-        ensure!(post_dump && bytes == stats.page_bytes && bytes > 16 << 20, "{bytes} bytes of pages");
+        ensure!(post_dump, "no post-dump");
         ensure!(freezer.is_frozen()?, "the source is not frozen after the dump");
         for entry in fs::read_dir(&images_out)? {
             let name = entry?.file_name().into_string().expect("plain names");
@@ -348,10 +421,29 @@ impl Bed {
         }
 
         // Destination.
+        let (bytes, plan, pages) = match sink {
+            Sink::Store(store) => (store.finish()?, Plan::default(), None),
+            Sink::Planner(planner, holes) => {
+                let store = holes.read(&freezer)?;
+                let plan = planner.finish(&store, &[], &[])?;
+                ensure!(plan.is_eager() == (memory == Memory::Eager), "{plan:?}");
+                let pages =
+                    if plan.is_eager() { None } else { Some(live::Pages::serve(&work, store, &plan)?) };
+                (plan.eager_bytes + plan.lazy_bytes, plan, pages)
+            }
+        };
+        ensure!(bytes > 0 && (memory != Memory::Full || bytes == stats.page_bytes), "{bytes} bytes");
         let opened = Instant::now();
-        gates.open_restore()?;
+        let target = PathBuf::from(format!("/run/netns/{netns}"));
+        gates.open_restore_with(&Opening {
+            lazy_pages: pages.is_some(),
+            netns: self.fast.netns.then_some(target.as_path()),
+            path_first: tools.as_deref(),
+            log_level: self.fast.quiet.then_some(1),
+        })?;
         gates.wait_restored(&wait())?;
         let restored = opened.elapsed();
+        self.took.borrow_mut().push([dumped, restored].map(|d| d.as_secs_f64() * 1e3));
         ensure!(self.output.stands_still(), "tasks ran while held");
         let state = self.runc(&["state", id])?;
         ensure!(state.contains("\"running\""), "runc says {state}");
@@ -361,6 +453,10 @@ impl Bed {
             ensure!(!finish(runc)?.0, "a refused restore succeeded");
             println!("refused: runc ended {:?} after", opened.elapsed());
             ensure!(self.runc(&["state", id]).is_err(), "a container is left");
+            if let Some(pages) = pages {
+                pages.abort();
+            }
+            fs::remove_dir_all(&bundle)?;
             freezer.thaw()?;
             self.link(&from.netns, "up")?;
             self.drop_netns(netns)?;
@@ -373,11 +469,19 @@ impl Bed {
         self.link(netns, "up")?;
         let (ok, said) = finish(runc)?;
         ensure!(ok, "runc restore: {said}");
+        let served = match pages {
+            Some(pages) => {
+                pages.running();
+                format!("{:?}", pages.finish()?)
+            }
+            None => String::new(),
+        };
         println!(
-            "moved {} -> {id}: {} KiB of pages | prepared {prepared:.1?} | freeze {froze:.1?} | dump {dumped:.1?} (spawn {:.1?}, sink {:.1?}) | \
-             restore to gate {restored:.1?} | kill source {killed:.1?} | go to runc's end {:.1?}",
+            "moved {} -> {id} ({memory:?}): {} KiB of pages, {} lazy | prepared {prepared:.1?} | freeze {froze:.1?} | dump {dumped:.1?} (spawn {:.1?}, sink {:.1?}) | \
+             restore to gate {restored:.1?} | kill source {killed:.1?} | go to runc's end {:.1?} | {served}",
             from.id,
             bytes >> 10,
+            plan.lazy_bytes >> 10,
             stats.spawn,
             stats.in_sink,
             opened.elapsed()
@@ -403,8 +507,6 @@ impl Bed {
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
-                netns: None,
-                path_first: None,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {
@@ -453,14 +555,21 @@ impl Bed {
         let first = self.start("m0", "n0", &self.output.clone())?;
         let mut client = self.connect(&first)?;
         self.ask(&mut client, 50)?;
-        let second = self.move_to(&first, "m1", "n1", false)?.context("moved")?;
+        let second = self.move_to(&first, "m1", "n1", Memory::Full, false)?.context("moved")?;
         self.ask(&mut client, 50)?;
-        ensure!(self.move_to(&second, "m2", "n2", true)?.is_none(), "refused");
-        self.ask(&mut client, 50)?;
+        for memory in [Memory::Full, Memory::Lazy] {
+            ensure!(self.move_to(&second, "m2", "n2", memory, true)?.is_none(), "refused");
+            self.ask(&mut client, 50)?;
+        }
         ensure!(!self.output.stands_still(), "the container has stopped writing");
         self.failing_dumps(&second)?;
         self.ask(&mut client, 50)?;
-        let third = self.move_to(&second, "m3", "n3", false)?.context("moved")?;
+        self.fast = Fast { netns: true, tar: true, quiet: true };
+        let third = self.move_to(&second, "m3", "n3", Memory::Lazy, false)?.context("moved")?;
+        self.ask(&mut client, 50)?;
+        let fourth = self.move_to(&third, "m4", "n4", Memory::Eager, false)?.context("moved")?;
+        self.ask(&mut client, 50)?;
+        let third = self.move_to(&fourth, "m5", "n5", Memory::Lazy, false)?.context("moved")?;
         self.ask(&mut client, 50)?;
         ensure!(!self.output.stands_still(), "the container has stopped writing");
         // runc goes on managing it.
@@ -475,10 +584,48 @@ impl Bed {
         self.runc(&["delete", &third.id])?;
         self.runc(&["delete", "--force", &twin.id])?;
         ensure!(self.runc(&["list", "-q"])?.is_empty(), "containers are left");
-        self.drop_netns("n3")?;
+        self.drop_netns("n5")?;
         self.drop_netns("t")?;
         sh("ip link del pc; ip netns del c; ip link del br0").map(drop)
     }
+}
+
+impl Bed {
+    /// Moves one container again and again, and says what a dump and a restore take with each of the means.
+    fn fixed_cost(&mut self) -> Result<()> {
+        sh("ip link add br0 type bridge forward_delay 0; ip link set br0 up")?;
+        let mut here = self.start("f", "nf", &self.output.clone())?;
+        let rounds = std::env::var("ROUNDS").map_or(6, |r| r.parse().expect("a number"));
+        let with = |netns, tar, quiet| Fast { netns, tar, quiet };
+        for (memory, fast) in [
+            (Memory::Full, Fast::default()),
+            (Memory::Eager, Fast::default()),
+            (Memory::Eager, with(true, false, false)),
+            (Memory::Eager, with(true, true, false)),
+            (Memory::Eager, with(true, true, true)),
+            (Memory::Lazy, with(true, true, true)),
+        ] {
+            self.fast = fast;
+            for round in 0..rounds {
+                let id =
+                    format!("{memory:?}{}{}{}{round}", fast.netns as u8, fast.tar as u8, fast.quiet as u8);
+                here = self.move_to(&here, &id, &id, memory, false)?.context("moved")?;
+            }
+            let took = self.took.take();
+            let of = |i: usize| {
+                let mut all: Vec<f64> = took.iter().map(|t| t[i]).collect();
+                all.sort_by(f64::total_cmp);
+                format!("{:6.1} ({:.1})", all[all.len() / 2], all[0])
+            };
+            println!("FIXED {memory:?} {fast:?}: dump {} restore {}", of(0), of(1));
+        }
+        self.runc(&["delete", "--force", &here.id]).map(drop)
+    }
+}
+
+/// The program of the gates: this one, or a release build of the shim to measure with.
+fn program() -> Result<PathBuf> {
+    Ok(std::env::var_os("TRANSSHIP_PROOF_PROGRAM").map_or(std::env::current_exe()?, PathBuf::from))
 }
 
 fn finish(runc: Child) -> Result<(bool, String)> {

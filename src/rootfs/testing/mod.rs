@@ -6,6 +6,7 @@
 
 mod generate;
 mod random;
+mod rounds;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,9 +17,12 @@ use nix::sched::{CloneFlags, unshare};
 
 pub use generate::Tree;
 pub use random::Random;
+pub use rounds::{Rounds, rounds};
 
 use super::layer::{LayerKind, WritableLayer};
-use super::{Apply, CaptureOptions, CompareOptions, Entry, OverlayXattrs, Sink, Stats, capture, compare};
+use super::{
+    Apply, CaptureOptions, CompareOptions, Difference, Entry, OverlayXattrs, Sink, Stats, capture, compare,
+};
 
 /// Why these tests cannot run here; none when they can.
 pub fn cannot_run() -> Option<String> {
@@ -66,7 +70,8 @@ pub fn move_layer(from: &WritableLayer, to: &WritableLayer) -> Result<Stats> {
     let mut wire = Wire::new(Apply::for_layer(to)?);
     let sent = capture(&from.dir, &CaptureOptions::for_layer(from), &mut wire)?;
     let got = wire.to.finish()?;
-    let comparable = |s: Stats| Stats { xattrs_dropped: 0, flags_dropped: 0, changed: 0, ..s };
+    let comparable =
+        |s: Stats| Stats { xattrs_dropped: 0, flags_dropped: 0, changed: 0, looked: 0, bytes_read: 0, ..s };
     if comparable(sent) != comparable(got) {
         bail!("sent {sent:?}, applied {got:?}");
     }
@@ -78,16 +83,25 @@ pub fn move_layer(from: &WritableLayer, to: &WritableLayer) -> Result<Stats> {
 /// # Errors
 /// The first case that fails, with the seed that makes it again.
 pub fn property(seed: u64, cases: u64) -> Result<Stats> {
-    let worker = std::thread::Builder::new().name("layer-property".into()).spawn(move || {
-        let scratch = private_scratch()?;
+    in_private_scratch(move |scratch| {
         let mut sum = Stats::default();
         for seed in seed..seed.saturating_add(cases) {
-            let stats = case(scratch.path(), seed).with_context(|| {
+            let stats = case(scratch, seed).with_context(|| {
                 format!("random layer failed; again with TRANSSHIP_SEED={seed} TRANSSHIP_CASES=1")
             })?;
             add(&mut sum, &stats);
         }
         Ok(sum)
+    })
+}
+
+/// Runs `work` in a thread with a mount namespace of its own.
+fn in_private_scratch<T: Send + 'static>(
+    work: impl FnOnce(&Path) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let worker = std::thread::Builder::new().name("layer-property".into()).spawn(move || {
+        let scratch = private_scratch()?;
+        work(scratch.path())
     })?;
     match worker.join() {
         Ok(result) => result,
@@ -118,6 +132,11 @@ fn add(sum: &mut Stats, s: &Stats) {
     sum.xattrs_dropped += s.xattrs_dropped;
     sum.flags_dropped += s.flags_dropped;
     sum.changed += s.changed;
+    sum.removed += s.removed;
+    sum.patched += s.patched;
+    sum.looked += s.looked;
+    sum.bytes_read += s.bytes_read;
+    sum.unmounted |= s.unmounted;
 }
 
 /// A mount that ends with its scope.
@@ -162,12 +181,17 @@ fn case(scratch: &Path, seed: u64) -> Result<Stats> {
     let _tmpfs = if rng.below(4) == 0 { Some(Mounted::tmpfs(base.path())?) } else { None };
     let result =
         if rng.below(4) == 0 { whole_tree(base.path(), &mut rng) } else { overlay(base.path(), &mut rng) };
-    // Immutable files would keep the scratch directory alive.
-    for dir in std::fs::read_dir(base.path())? {
+    empty_all(base.path())?;
+    result
+}
+
+/// Immutable files would keep the scratch directory alive.
+fn empty_all(base: &Path) -> Result<()> {
+    for dir in std::fs::read_dir(base)? {
         let dir = nix::fcntl::open(&dir?.path(), nix::fcntl::OFlag::O_PATH, nix::sys::stat::Mode::empty())?;
         super::sys::empty(std::os::fd::AsFd::as_fd(&dir), 4096)?;
     }
-    result
+    Ok(())
 }
 
 fn whole_tree(base: &Path, rng: &mut Random) -> Result<Stats> {
@@ -224,7 +248,10 @@ fn overlay(base: &Path, rng: &mut Random) -> Result<Stats> {
 }
 
 fn same(a: &Path, b: &Path, options: CompareOptions, what: &str) -> Result<()> {
-    let found = compare(a, b, options)?;
+    show(&compare(a, b, options)?, what)
+}
+
+fn show(found: &[Difference], what: &str) -> Result<()> {
     if found.is_empty() {
         return Ok(());
     }

@@ -9,6 +9,11 @@ mod ctr_tasks;
 mod files_appended;
 mod files_layer;
 mod files_open;
+mod live_files;
+mod live_memory;
+mod live_modes;
+mod live_redis;
+mod live_trouble;
 mod move_image;
 mod move_normal;
 mod move_others;
@@ -40,6 +45,11 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         files_appended::ALL,
         files_layer::ALL,
         files_open::ALL,
+        live_files::ALL,
+        live_memory::ALL,
+        live_modes::ALL,
+        live_redis::ALL,
+        live_trouble::ALL,
         move_image::ALL,
         move_normal::ALL,
         move_others::ALL,

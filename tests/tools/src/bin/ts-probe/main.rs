@@ -13,6 +13,7 @@ mod io_uring;
 mod locks;
 mod mapped;
 mod memory;
+mod mutate;
 mod names;
 mod say;
 mod shared;
@@ -45,6 +46,9 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   locks DIR                  file locks of every kind
   mapped FILE MB             a file changed through a shared mapping
   memory MB [--dirty PCT]    anonymous memory, PCT percent of it rewritten each round
+  mutate all|NAME,NAME,...   processes that map, unmap, move, protect, share, fork ... and check all of it; see the folder mutate/
+                             [--copies N] [--mb N] [--threads N] [--rate MB/S] [--dir DIR]
+  ask verify                 have `mutate` in this container check everything now; ask spoil NAME: a worker changes a byte
   names DIR                  open files that are renamed, deleted, replaced, one of two names deleted
   patient                    stdin is read from the first USR1 on; lines come back as `in LINE`
   io-uring                   hold an io_uring
@@ -84,6 +88,9 @@ fn run() -> Result<(), String> {
         "names" => names::run(&mut args),
         "patient" => streams::patient(&args),
         "memory" => memory::run(&mut args),
+        "mutate" => mutate::run(&mut args),
+        "mutate-again" => mutate::again(&mut args),
+        "ask" => mutate::ask(&mut args),
         "io-uring" => io_uring::run(&args),
         "unix-pair" => unix_pair::run(&args),
         "threads" => threads::run(&mut args),

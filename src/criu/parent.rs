@@ -1,0 +1,87 @@
+//! The parent images that CRIU is shown so that clean pages stay where they are: a directory with nothing but an inventory.
+//!
+//! That there is a parent for a task's memory is what our page server says ([`super::page_server`]). CRIU looks into the directory only
+//! for `inventory.img` (`get_parent_inventory`, criu/image.c), and compares its `dump_uptime` with the start of each task: a task that
+//! has started later would be another one under a reused pid. Ours is far in the future.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use prost::Message;
+
+/// `INVENTORY_MAGIC` (criu/include/magic.h); this image alone has no second magic in front.
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
+/// `CRTOOLS_IMAGES_V1_1`.
+const IMAGES_VERSION: u32 = 2;
+/// The name of the link that CRIU makes in the images directory.
+const LINK: &str = "parent";
+/// Microseconds since boot that no machine reaches, small enough for CRIU's arithmetic.
+const NEVER: u64 = 1 << 62;
+
+/// `inventory_entry`, what CRIU reads of a parent's (images/inventory.proto).
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+struct Inventory {
+    #[prost(uint32, required, tag = "1")]
+    version: u32,
+    #[prost(uint64, optional, tag = "8")]
+    dump_uptime: Option<u64>,
+}
+
+/// The directory, and the link to it: gone when dropped.
+pub(super) struct Parent {
+    dir: PathBuf,
+    link: PathBuf,
+}
+
+impl Parent {
+    /// Makes the directory in the work directory. The images directory is where CRIU will link to it.
+    pub fn create(work: &Path, images: &Path) -> Result<Self> {
+        let dir = std::path::absolute(work.join("parent-images")).context("the parent images' directory")?;
+        let make = || -> std::io::Result<()> {
+            match std::fs::create_dir(&dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
+                _ => {}
+            }
+            std::fs::write(dir.join("inventory.img"), inventory())
+        };
+        make().with_context(|| format!("making {}", dir.display()))?;
+        Ok(Self { dir, link: images.join(LINK) })
+    }
+
+    /// For `parent_img`.
+    pub fn path(&self) -> Result<String> {
+        self.dir.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", self.dir.display()))
+    }
+}
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+        let _ = std::fs::remove_file(&self.link);
+    }
+}
+
+fn inventory() -> Vec<u8> {
+    let entry = Inventory { version: IMAGES_VERSION, dump_uptime: Some(NEVER) }.encode_to_vec();
+    let len = u32::try_from(entry.len()).expect("a few bytes");
+    [&INVENTORY_MAGIC.to_le_bytes()[..], &len.to_le_bytes(), &entry].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_left_of_it() {
+        let (work, images) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let parent = Parent::create(work.path(), images.path()).unwrap();
+        let bytes = std::fs::read(Path::new(&parent.path().unwrap()).join("inventory.img")).unwrap();
+        assert_eq!(bytes[..8], [0x16, 0x31, 0x31, 0x58, 12, 0, 0, 0]);
+        // what CRIU does
+        std::os::unix::fs::symlink(parent.path().unwrap(), images.path().join("parent")).unwrap();
+        drop(parent);
+        for dir in [work, images] {
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
+    }
+}

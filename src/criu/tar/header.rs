@@ -1,0 +1,201 @@
+//! The 512-byte header of an entry, in the GNU form: numbers in octal or, when too large, in base 256; holes in the `S` type.
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub const BLOCK: usize = 512;
+
+// Type flags.
+pub const FILE: u8 = b'0';
+pub const LINK: u8 = b'1';
+pub const SYMLINK: u8 = b'2';
+pub const CHAR: u8 = b'3';
+pub const BLOCK_DEVICE: u8 = b'4';
+pub const DIR: u8 = b'5';
+pub const FIFO: u8 = b'6';
+pub const LONG_NAME: u8 = b'L';
+pub const LONG_TARGET: u8 = b'K';
+pub const SPARSE: u8 = b'S';
+
+/// Pieces of data in the header itself, and in each block that continues it.
+const HERE: usize = 4;
+const MORE: usize = 21;
+
+/// A field's place.
+type Field = std::ops::Range<usize>;
+const NAME: Field = 0..100;
+const MODE: Field = 100..108;
+const UID: Field = 108..116;
+const GID: Field = 116..124;
+const SIZE: Field = 124..136;
+const MTIME: Field = 136..148;
+const SUM: Field = 148..156;
+const TYPE: usize = 156;
+const TARGET: Field = 157..257;
+const MAGIC: Field = 257..265;
+const MAJOR: Field = 329..337;
+const MINOR: Field = 337..345;
+const SPARSES: usize = 386;
+const EXTENDED: usize = 482;
+const REAL_SIZE: Field = 483..495;
+const GNU: &[u8; 8] = b"ustar  \0";
+
+/// What a header says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    pub kind: u8,
+    pub name: Vec<u8>,
+    pub target: Vec<u8>,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: i64,
+    /// Bytes that follow.
+    pub size: u64,
+    pub device: (u32, u32),
+    /// Of a file with holes: offset and length of each piece of data, and the file's size.
+    pub sparse: Option<(Vec<(u64, u64)>, u64)>,
+}
+
+impl Header {
+    /// The blocks; the name and the target have to be short enough (see [`fits`]).
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut b = vec![0; BLOCK];
+        ensure!(fits(&self.name) && fits(&self.target), "a name too long for a header");
+        b[..self.name.len()].copy_from_slice(&self.name);
+        b[TARGET.start..TARGET.start + self.target.len()].copy_from_slice(&self.target);
+        number(&mut b[MODE], self.mode.into());
+        number(&mut b[UID], self.uid.into());
+        number(&mut b[GID], self.gid.into());
+        number(&mut b[SIZE], self.size.into());
+        number(&mut b[MTIME], self.mtime.into());
+        b[TYPE] = self.kind;
+        b[MAGIC].copy_from_slice(GNU);
+        if matches!(self.kind, CHAR | BLOCK_DEVICE) {
+            number(&mut b[MAJOR], self.device.0.into());
+            number(&mut b[MINOR], self.device.1.into());
+        }
+        if let Some((pieces, size)) = &self.sparse {
+            number(&mut b[REAL_SIZE], (*size).into());
+            let (here, mut rest) = pieces.split_at(pieces.len().min(HERE));
+            put_pieces(&mut b[SPARSES..], here);
+            b[EXTENDED] = u8::from(!rest.is_empty());
+            while !rest.is_empty() {
+                let (some, after) = rest.split_at(rest.len().min(MORE));
+                let mut more = [0; BLOCK];
+                put_pieces(&mut more, some);
+                more[MORE * 24] = u8::from(!after.is_empty());
+                b.extend(more);
+                rest = after;
+            }
+        }
+        let sum = checksum(&b);
+        b[SUM].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        Ok(b)
+    }
+
+    /// Reads a header; `next` gives further blocks. None at the archive's end.
+    pub fn decode(b: &[u8; BLOCK], next: &mut dyn FnMut() -> Result<[u8; BLOCK]>) -> Result<Option<Self>> {
+        if b.iter().all(|x| *x == 0) {
+            return Ok(None);
+        }
+        ensure!(parse(&b[SUM])? == i128::from(checksum(b)), "a damaged header");
+        let value = |f: Field, what: &str| parse(&b[f]).with_context(|| format!("a header's {what}"));
+        let small = |f: Field, what: &str| -> Result<u32> {
+            u32::try_from(value(f, what)?).with_context(|| format!("a header's {what}"))
+        };
+        let sparse = match b[TYPE] {
+            SPARSE => {
+                let mut pieces = Vec::new();
+                take_pieces(&b[SPARSES..], HERE, &mut pieces)?;
+                let mut more = b[EXTENDED] == 1;
+                while more {
+                    let block = next()?;
+                    take_pieces(&block, MORE, &mut pieces)?;
+                    more = block[MORE * 24] == 1;
+                }
+                Some((pieces, u64::try_from(value(REAL_SIZE, "size")?)?))
+            }
+            _ => None,
+        };
+        Ok(Some(Self {
+            kind: b[TYPE],
+            name: text(&b[NAME]),
+            target: text(&b[TARGET]),
+            mode: small(MODE, "mode")?,
+            uid: small(UID, "owner")?,
+            gid: small(GID, "group")?,
+            mtime: i64::try_from(value(MTIME, "time")?)?,
+            size: u64::try_from(value(SIZE, "size")?)?,
+            device: match b[TYPE] {
+                CHAR | BLOCK_DEVICE => (small(MAJOR, "device")?, small(MINOR, "device")?),
+                _ => (0, 0),
+            },
+            sparse,
+        }))
+    }
+}
+
+/// Is it short enough for a header?
+pub fn fits(name: &[u8]) -> bool {
+    name.len() <= NAME.len()
+}
+
+/// Bytes of padding behind so many bytes.
+pub fn padding(len: u64) -> usize {
+    (BLOCK - (len % BLOCK as u64) as usize) % BLOCK
+}
+
+fn text(field: &[u8]) -> Vec<u8> {
+    field.iter().copied().take_while(|b| *b != 0).collect()
+}
+
+fn checksum(block: &[u8]) -> u32 {
+    let head = &block[..BLOCK];
+    head.iter().enumerate().map(|(i, b)| if SUM.contains(&i) { 32 } else { u32::from(*b) }).sum()
+}
+
+fn number(field: &mut [u8], value: i128) {
+    let digits = field.len() - 1;
+    if (0..1 << (3 * digits)).contains(&value) {
+        field[..digits].copy_from_slice(format!("{value:0digits$o}").as_bytes());
+        field[digits] = 0;
+        return;
+    }
+    let bytes = value.to_be_bytes();
+    let len = field.len();
+    field.copy_from_slice(&bytes[bytes.len() - len..]);
+    field[0] |= 0x80;
+}
+
+fn parse(field: &[u8]) -> Result<i128> {
+    if field[0] & 0x80 != 0 {
+        // 0x80 begins a positive number, 0xff a negative one
+        let first = if field[0] == 0xff { -1 } else { i128::from(field[0] & 0x7f) };
+        return Ok(field[1..].iter().fold(first, |n, b| n << 8 | i128::from(*b)));
+    }
+    let mut value = 0;
+    for b in field.iter().skip_while(|b| **b == b' ').take_while(|b| !matches!(**b, 0 | b' ')) {
+        match b {
+            b'0'..=b'7' => value = value * 8 + i128::from(b - b'0'),
+            _ => bail!("not a number"),
+        }
+    }
+    Ok(value)
+}
+
+fn put_pieces(to: &mut [u8], pieces: &[(u64, u64)]) {
+    for (slot, (at, len)) in to.as_chunks_mut::<24>().0.iter_mut().zip(pieces) {
+        number(&mut slot[..12], (*at).into());
+        number(&mut slot[12..], (*len).into());
+    }
+}
+
+fn take_pieces(from: &[u8], most: usize, pieces: &mut Vec<(u64, u64)>) -> Result<()> {
+    for slot in from.as_chunks::<24>().0.iter().take(most) {
+        if slot[0] == 0 {
+            break;
+        }
+        pieces.push((u64::try_from(parse(&slot[..12])?)?, u64::try_from(parse(&slot[12..])?)?));
+    }
+    Ok(())
+}

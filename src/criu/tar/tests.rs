@@ -1,0 +1,153 @@
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::*;
+
+/// One of everything, and names and files that do not fit into a plain header.
+fn tree(dir: &Path) {
+    let long = "n".repeat(120);
+    std::fs::create_dir_all(dir.join(format!("sub/{long}"))).unwrap();
+    std::fs::write(dir.join("file"), b"content").unwrap();
+    std::fs::write(dir.join("empty"), b"").unwrap();
+    std::fs::write(dir.join("sub/block"), vec![7; 512]).unwrap();
+    std::fs::write(dir.join(format!("sub/{long}/f")), vec![8; 70_000]).unwrap();
+    std::fs::set_permissions(dir.join("file"), std::fs::Permissions::from_mode(0o4751)).unwrap();
+    std::fs::set_permissions(dir.join("sub"), std::fs::Permissions::from_mode(0o1777)).unwrap();
+    std::fs::hard_link(dir.join("file"), dir.join("sub/second name")).unwrap();
+    symlink("/nowhere/else", dir.join("link")).unwrap();
+    symlink("x".repeat(300), dir.join("long link")).unwrap();
+    nix::unistd::mkfifo(&dir.join("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(dir.join("socket")).unwrap();
+    let sparse = std::fs::File::create(dir.join("sparse")).unwrap();
+    for i in 0..30 {
+        sparse.write_all_at(&[9; 4096], i << 20).unwrap();
+    }
+    sparse.set_len(9 << 30).unwrap();
+    if nix::unistd::geteuid().is_root() {
+        std::os::unix::fs::lchown(dir.join("link"), Some(3_000_000), Some(5)).unwrap();
+        std::os::unix::fs::chown(dir.join("empty"), Some(1000), Some(4_000_000_000)).unwrap();
+        let device = nix::sys::stat::makedev(1, 300);
+        nix::sys::stat::mknod(
+            &dir.join("dev"),
+            nix::sys::stat::SFlag::S_IFCHR,
+            nix::sys::stat::Mode::S_IRUSR,
+            device,
+        )
+        .unwrap();
+    }
+    for (name, time) in [("file", 1), ("sub", 1_000_000_000), ("link", 77)] {
+        let path = dir.join(name);
+        let time = nix::sys::time::TimeSpec::new(time, 0);
+        let follow = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
+        nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &path, &time, &time, follow).unwrap();
+    }
+}
+
+/// Everything that is to be the same, by name.
+fn look(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut todo = vec![dir.to_owned()];
+    while let Some(at) = todo.pop() {
+        for entry in std::fs::read_dir(&at).unwrap() {
+            let path = entry.unwrap().path();
+            let m = path.symlink_metadata().unwrap();
+            if m.is_dir() {
+                todo.push(path.clone());
+            }
+            let content = match m.is_file() && m.size() < 1 << 30 {
+                true => format!("{:?}", xxhash_rust::xxh3::xxh3_64(&std::fs::read(&path).unwrap())),
+                false => std::fs::read_link(&path).map(|l| l.display().to_string()).unwrap_or_default(),
+            };
+            found.push(format!(
+                "{} {:o} {}:{} {} {} links {} {content} {}",
+                path.strip_prefix(dir).unwrap().display(),
+                m.mode(),
+                m.uid(),
+                m.gid(),
+                if m.is_dir() { 0 } else { m.size() },
+                m.mtime(),
+                if m.is_dir() { 0 } else { m.nlink() },
+                m.rdev()
+            ));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn a_tree_comes_back_as_it_was_from_us_and_from_stock_tar() {
+    let top = tempfile::tempdir().unwrap();
+    let (from, ours, theirs) = (top.path().join("a"), top.path().join("b"), top.path().join("c"));
+    for dir in [&from, &ours, &theirs] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    tree(&from);
+    let mut archive = Vec::new();
+    write::archive(&from, &mut archive).unwrap();
+    assert!(archive.len() < 1 << 20, "{} bytes: the holes are in it", archive.len());
+    let mut want = look(&from);
+    want.retain(|l| !l.starts_with("socket "));
+
+    std::fs::write(ours.join("file"), "in the way").unwrap();
+    read::extract(&ours, &archive[..]).unwrap();
+    assert_eq!(look(&ours), want);
+    assert!(ours.join("sparse").metadata().unwrap().blocks() * 512 < 1 << 20);
+
+    let mut tar = Command::new("tar")
+        .args(["--extract", "--gzip", "--no-unquote", "--no-wildcards", "--directory"])
+        .arg(&theirs)
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    tar.stdin.take().unwrap().write_all(&archive).unwrap();
+    let said = tar.wait_with_output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    assert_eq!(look(&theirs), want);
+}
+
+#[test]
+fn damage_and_names_that_lead_out_are_errors() {
+    let top = tempfile::tempdir().unwrap();
+    let from = top.path().join("a");
+    std::fs::create_dir(&from).unwrap();
+    std::fs::write(from.join("f"), b"x").unwrap();
+    let mut archive = Vec::new();
+    write::archive(&from, &mut archive).unwrap();
+    for end in [10, 100, 600, archive.len() - 1] {
+        assert!(read::extract(top.path(), &archive[..end]).is_err(), "cut at {end}");
+    }
+    for (name, dirs) in [("../f", true), ("/f", true), ("./link/f", false)] {
+        let mut bytes = Vec::new();
+        let mut out = gzip::Stored::new(&mut bytes).unwrap();
+        let header = header::Header { kind: header::FILE, name: name.into(), ..Default::default() };
+        if dirs {
+            let top =
+                header::Header { kind: header::DIR, name: "./".into(), mode: 0o700, ..Default::default() };
+            out.write_all(&top.encode().unwrap()).unwrap();
+        }
+        out.write_all(&header.encode().unwrap()).unwrap();
+        out.write_all(&[0; 1024]).unwrap();
+        out.finish().unwrap();
+        assert!(read::extract(&from, &bytes[..]).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn only_what_criu_asks_for_is_done_here() {
+    let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+    let create = "--create --gzip --no-unquote --no-wildcards --one-file-system --check-links --preserve-permissions --sparse \
+                  --numeric-owner --directory /proc/self/fd/0 .";
+    assert_eq!(job(&args(create)), Some(Job::Create("/proc/self/fd/0".into())));
+    let extract = "--extract --gzip --no-unquote --no-wildcards --directory /x/y";
+    assert_eq!(job(&args(extract)), Some(Job::Extract("/x/y".into())));
+    for other in
+        ["--create --gzip .", "--extract --bzip2 --directory /x", "--extract --directory /x file", "-xf a"]
+    {
+        assert_eq!(job(&args(other)), None, "{other}");
+    }
+    assert!(is_ours(Path::new("/b/gate/transship-tools/tar")) && !is_ours(Path::new("/usr/bin/tar")));
+}

@@ -1,0 +1,235 @@
+//! Which addresses of a task still wait for which pages: an interval map from where the memory is now to where it was when the
+//! images were written. The two differ after mremap. Pure.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::memory::RangeSet;
+
+/// Neighbouring pages of a task that wait for neighbouring pages of its space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where they are in the task now.
+    pub start: u64,
+    /// One past their last byte.
+    pub end: u64,
+    /// The address of the first in the space.
+    pub image: u64,
+}
+
+impl Piece {
+    /// The addresses in the space.
+    pub fn images(&self) -> Range<u64> {
+        self.image..self.image + (self.end - self.start)
+    }
+
+    /// The part inside `window`; the caller knows that they overlap.
+    fn clip(&self, window: &Range<u64>) -> Self {
+        let start = self.start.max(window.start);
+        Self { start, end: self.end.min(window.end), image: self.image + (start - self.start) }
+    }
+}
+
+/// The waiting pages of one task.
+#[derive(Clone, Debug, Default)]
+pub struct Pieces {
+    /// start -> (end, address in the space); disjoint.
+    map: BTreeMap<u64, (u64, u64)>,
+    bytes: u64,
+    /// Has anything been moved? If not, an address in the space is the address in the task.
+    moved: bool,
+}
+
+impl Pieces {
+    /// Pages that wait where they were.
+    pub fn new(set: &RangeSet) -> Self {
+        let mut pieces = Self::default();
+        set.iter().for_each(|r| pieces.insert(Piece { start: r.start, end: r.end, image: r.start }));
+        pieces
+    }
+
+    /// Nothing waits?
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// How many bytes wait.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Adds a piece; whatever waited at these addresses is forgotten.
+    pub fn insert(&mut self, piece: Piece) {
+        if piece.start >= piece.end {
+            return;
+        }
+        self.remove(piece.start..piece.end);
+        self.moved |= piece.start != piece.image;
+        self.bytes += piece.end - piece.start;
+        self.map.insert(piece.start, (piece.end, piece.image));
+    }
+
+    fn piece((start, &(end, image)): (&u64, &(u64, u64))) -> Piece {
+        Piece { start: *start, end, image }
+    }
+
+    /// The piece that an address is in.
+    pub fn at(&self, address: u64) -> Option<Piece> {
+        self.map.range(..=address).next_back().map(Self::piece).filter(|p| p.end > address)
+    }
+
+    /// The rest of the piece at `address`, or else the first piece above it.
+    pub fn next(&self, address: u64) -> Option<Piece> {
+        match self.at(address) {
+            Some(p) => Some(p.clip(&(address..u64::MAX))),
+            None => self.map.range(address..).next().map(Self::piece),
+        }
+    }
+
+    /// The parts of pieces in a range of the task's addresses.
+    pub fn within(&self, window: Range<u64>) -> Vec<Piece> {
+        if window.start >= window.end {
+            return Vec::new();
+        }
+        let first = self.at(window.start).map_or(window.start, |p| p.start);
+        self.map.range(first..window.end).map(|p| Self::piece(p).clip(&window)).collect()
+    }
+
+    /// Takes out what waits in a range of the task's addresses.
+    pub fn take(&mut self, window: Range<u64>) -> Vec<Piece> {
+        let taken = self.within(window);
+        for part in &taken {
+            let Some(whole) = self.at(part.start) else { continue };
+            self.map.remove(&whole.start);
+            if whole.start < part.start {
+                self.map.insert(whole.start, (part.start, whole.image));
+            }
+            if part.end < whole.end {
+                self.map.insert(part.end, (whole.end, whole.image + (part.end - whole.start)));
+            }
+            self.bytes -= part.end - part.start;
+        }
+        taken
+    }
+
+    /// Forgets what waits in a range of the task's addresses.
+    pub fn remove(&mut self, window: Range<u64>) {
+        // One page in the middle or at the edge of a piece, the usual case, allocates nothing.
+        if let Some(whole) =
+            self.at(window.start).filter(|p| window.end <= p.end && window.start < window.end)
+        {
+            self.map.remove(&whole.start);
+            if whole.start < window.start {
+                self.map.insert(whole.start, (window.start, whole.image));
+            }
+            if window.end < whole.end {
+                self.map.insert(window.end, (whole.end, whole.image + (window.end - whole.start)));
+            }
+            self.bytes -= window.end - window.start;
+            return;
+        }
+        self.take(window);
+    }
+
+    /// Which of these addresses of the space are waited for.
+    pub fn images_within(&self, images: Range<u64>) -> RangeSet {
+        match self.moved {
+            false => self.within(images).iter().map(Piece::images).collect(),
+            true => self.images().clip(images),
+        }
+    }
+
+    /// Takes out what waits for a range of the space's addresses.
+    pub fn take_images(&mut self, images: Range<u64>) -> Vec<Piece> {
+        if !self.moved {
+            return self.take(images);
+        }
+        let overlap = |p: Piece| {
+            let at = p.images();
+            let (start, end) = (at.start.max(images.start), at.end.min(images.end));
+            (start < end).then(|| p.start + (start - at.start)..p.start + (end - at.start))
+        };
+        let found: Vec<Range<u64>> = self.map.iter().filter_map(|p| overlap(Self::piece(p))).collect();
+        found.into_iter().flat_map(|r| self.take(r)).collect()
+    }
+
+    /// The memory was moved (mremap): what waited at `from` waits at `to`.
+    pub fn remap(&mut self, from: u64, to: u64, len: u64) {
+        let moved = self.take(from..from.saturating_add(len));
+        self.remove(to..to.saturating_add(len));
+        for p in moved {
+            let start = p.start - from + to;
+            self.insert(Piece { start, end: start + (p.end - p.start), image: p.image });
+        }
+    }
+
+    /// The addresses in the space that are waited for.
+    pub fn images(&self) -> RangeSet {
+        self.map.iter().map(|p| Self::piece(p).images()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The map as one image address for each page of a small space.
+    fn model(p: &Pieces) -> Vec<Option<u64>> {
+        (0..64).map(|a| p.at(a).map(|q| q.image + (a - q.start))).collect()
+    }
+
+    #[test]
+    fn agrees_with_a_table() {
+        let mut seed = 3u64;
+        let mut random = |n: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % n
+        };
+        let mut pieces = Pieces::default();
+        let mut want: Vec<Option<u64>> = vec![None; 64];
+        for step in 0..30_000 {
+            if step % 500 == 0 {
+                pieces = Pieces::new(&RangeSet::from_iter([3..20, 30..64]));
+                want =
+                    (0..64).map(|a| (3..20).contains(&a).then_some(a).or((a >= 30).then_some(a))).collect();
+            }
+            let start = random(64);
+            let end = (start + random(9)).min(64);
+            match random(5) {
+                0 => {
+                    pieces.remove(start..end);
+                    want[start as usize..end as usize].fill(None);
+                }
+                1 => {
+                    let got: Vec<u64> = pieces.take(start..end).iter().flat_map(|p| p.start..p.end).collect();
+                    let had: Vec<u64> = (start..end).filter(|a| want[*a as usize].is_some()).collect();
+                    assert_eq!(got, had, "step {step}");
+                    want[start as usize..end as usize].fill(None);
+                }
+                2 => {
+                    let to = random(64 - (end - start));
+                    let moved: Vec<Option<u64>> = want[start as usize..end as usize].to_vec();
+                    want[start as usize..end as usize].fill(None);
+                    want[to as usize..][..moved.len()].copy_from_slice(&moved);
+                    pieces.remap(start, to, end - start);
+                }
+                3 => {
+                    let taken = pieces.take_images(start..end);
+                    for a in want.iter_mut().filter(|a| a.is_some_and(|i| (start..end).contains(&i))) {
+                        *a = None;
+                    }
+                    assert!(taken.iter().all(|p| p.image >= start && p.images().end <= end));
+                }
+                _ => {
+                    let above = (start..64).find(|a| want[*a as usize].is_some());
+                    assert_eq!(pieces.next(start).map(|p| p.start), above, "step {step}");
+                }
+            }
+            assert_eq!(model(&pieces), want, "step {step}");
+            assert_eq!(pieces.bytes(), want.iter().flatten().count() as u64);
+            assert_eq!(pieces.images().bytes(), pieces.bytes());
+            assert_eq!(pieces.images_within(start..end), pieces.images().clip(start..end), "step {step}");
+            assert_eq!(pieces.is_empty(), pieces.bytes() == 0);
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! A live migration on the destination: rounds into the page store while the container runs elsewhere, `runc restore` started
+//! and held before CRIU's own work, then the last delta, the restore, the commit, and the fill in the background.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::abort::Abort;
+use super::codec::Kind;
+use super::destination::{DestinationTask, restored_tasks, wait_for, wait_for_runc};
+use super::fault;
+use super::filling::{Filling, Started};
+use super::link::Link;
+use super::prepared::ImagesDir;
+use super::protocol::{Commit, Failure, Filled, Final, Manifest, Ready, Restored, Round, Running};
+use super::report::{Clock, Item, Report, Side, millis};
+use super::stream::Receiver;
+use crate::control::{Event, ReceiveRequest};
+use crate::criu::gate::At;
+use crate::criu::gate_server::Opening;
+use crate::criu::{Criu, GateServer};
+use crate::net;
+use crate::rootfs::{KeptTimes, NeedsUnmount};
+
+/// The container on its way in.
+pub(super) struct Arrival<'a> {
+    pub link: &'a Arc<Link>,
+    pub task: &'a mut dyn DestinationTask,
+    pub request: &'a ReceiveRequest,
+    pub abort: &'a Abort,
+    pub events: &'a dyn Fn(Event),
+}
+
+/// `runc restore` runs and waits in front of CRIU's restore.
+struct AtGate {
+    gate: GateServer,
+    daemon: Started,
+}
+
+impl Arrival<'_> {
+    fn phase(&self, clock: &mut Clock, name: &str) {
+        clock.phase(name);
+        (self.events)(Event::Phase { phase: name.to_owned() });
+    }
+
+    /// Takes everything and runs the container. What is returned beside the report goes on in the background.
+    pub fn take(&mut self, manifest: &Manifest, clock: &mut Clock) -> Result<(Report, Option<Filling>)> {
+        self.phase(clock, "receive");
+        let images = ImagesDir::create(&self.request.limits.images_dir, &self.request.migration_id)?;
+        let netns =
+            self.request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
+        let receiver = Receiver::live(&images.0, &self.task.layer()?, self.request.limits.memory_cap)?;
+        fault::point("receive");
+        let (receiver, totals, at) = self.receive(receiver, &images.0, manifest, clock)?;
+        let since = Instant::now();
+        let mut items = Vec::new();
+        let mut item = |name: &str, from: f64| {
+            let ms = millis(since.elapsed()) - from;
+            items.push(Item { name: name.into(), start_ms: from, ms, side: Side::Destination });
+            from + ms
+        };
+        self.phase(clock, "plan");
+        let stored = receiver.stored();
+        let whole = receiver.finish_live(&totals)?;
+        let AtGate { mut gate, daemon } = match at {
+            Some(at) => at,
+            None => self.prepare(&images.0, manifest, clock)?,
+        };
+        let now = item("plan", 0.0);
+        let serving = match whole.plan.is_eager() {
+            true => None,
+            false => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),
+        };
+        fault::point("restoring");
+        self.phase(clock, "criu restore");
+        let times = KeptTimes::of(&self.task.bundle().join("rootfs"));
+        gate.open_restore_with(&Opening { lazy_pages: serving.is_some(), ..Opening::default() })?;
+        wait_for(At::PostRestore, &mut gate, self.link, self.task, self.abort, true)?;
+        drop(times);
+        let now = item("CRIU restore", now);
+
+        // the tasks are complete and stand at the gate: from here the source decides
+        self.task.held(&whole.carry).context("connecting the container's stdio")?;
+        let kick = match (&netns, gate.held_by()) {
+            (Some(ns), Some(script)) => net::Kick::collect(ns.as_fd(), &restored_tasks(script))
+                .inspect_err(|e| log::warn!("looking for the container's TCP connections: {e:#}"))
+                .unwrap_or_default(),
+            _ => net::Kick::default(),
+        };
+        let now = item("stdio and connections", now);
+        fault::point("held");
+        self.phase(clock, "commit");
+        self.commit(serving.as_ref())?;
+        let now = item("commit", now);
+        fault::point("committed");
+        // asked to give up in between: too late, the source will not run it again
+        self.abort.commit();
+        self.phase(clock, "resume");
+        // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
+        if let Some(ns) = &netns {
+            net::unfence(ns.as_fd()).context("lifting the fence of the container's network")?;
+        }
+        let now = item("network", now);
+        let let_go = Instant::now();
+        let took_ms = millis(let_go - since);
+        gate.open_run()?;
+        if let Some(serving) = &serving {
+            serving.running();
+        }
+        self.announce(netns.as_ref(), kick);
+        let pid = wait_for_runc(self.link, self.task, true)?;
+        self.task.adopt(pid).context("taking over the restored container")?;
+        item("resume", now);
+        let (phases, total_ms) = clock.done();
+        let running = Running { since_ms: millis(let_go.elapsed()), phases: phases.clone(), took_ms, items };
+        // the tasks run: a lost message changes nothing any more
+        let told = self.link.json(Kind::Running, &running).and_then(|()| self.link.flush());
+        if let Err(e) = told {
+            (self.events)(Event::Warning { message: format!("telling the source: {e:#}") });
+        }
+        let filling = match serving {
+            Some(serving) => Some(serving.fill(self.task.killer())),
+            None => {
+                let filled = Filled { store_peak_bytes: stored, ..Filled::default() };
+                self.link.json(Kind::MemoryDone, &filled).and_then(|()| self.link.flush()).ok();
+                None
+            }
+        };
+        let report = Report {
+            migration_id: self.request.migration_id.clone(),
+            total_ms,
+            phases,
+            sent: totals,
+            ..Report::default()
+        };
+        Ok((report, filling))
+    }
+
+    fn receive(
+        &mut self,
+        mut receiver: Receiver,
+        images: &std::path::Path,
+        manifest: &Manifest,
+        clock: &mut Clock,
+    ) -> Result<(Receiver, Final, Option<AtGate>)> {
+        let mut at = None;
+        let mut shown = 0;
+        loop {
+            // nobody else uses the connection yet: it may be kept locked while we wait
+            let mut wire = self.link.wire();
+            match wire.recv()? {
+                Kind::Final => return Ok((receiver, wire.message()?, at)),
+                Kind::Failed => return Err(wire.message::<Failure>()?.into()),
+                Kind::Round => {
+                    let round: Round = wire.message()?;
+                    self.phase(clock, &format!("round {}", round.n));
+                }
+                Kind::Prepare => {
+                    drop(wire);
+                    ensure!(at.is_none(), "the source prepares twice");
+                    at = Some(self.prepare(images, manifest, clock)?);
+                    match receiver.layer_mounted(&self.task.bundle().join("rootfs")) {
+                        Err(e) if e.is::<NeedsUnmount>() => self.step_back(&mut at, &mut receiver, &e)?,
+                        other => other?,
+                    }
+                    self.link.json(Kind::Ready, &Ready {})?;
+                    self.link.flush()?;
+                    self.phase(clock, "receive the rest");
+                    continue;
+                }
+                kind => match receiver.take(kind, wire.payload()) {
+                    Err(e) if e.is::<NeedsUnmount>() => {
+                        self.step_back(&mut at, &mut receiver, &e)?;
+                        receiver.take_again(kind, wire.payload())?;
+                    }
+                    other => other?,
+                },
+            }
+            if wire.bytes().1 - shown > 8 << 20 {
+                shown = wire.bytes().1;
+                (self.events)(Event::Progress { bytes: shown, total: None });
+                ensure!(!self.abort.asked(), "the migration was given up by request");
+            }
+        }
+    }
+
+    /// What changed last in the writable layer cannot be said through its mount: the restore that waits is ended, the mount goes,
+    /// and both are made again when everything has come. That costs their time in the freeze.
+    fn step_back(
+        &mut self,
+        at: &mut Option<AtGate>,
+        receiver: &mut Receiver,
+        why: &anyhow::Error,
+    ) -> Result<()> {
+        log::warn!("{why:#}; runc's restore starts anew in the freeze");
+        drop(at.take());
+        self.task.undo();
+        receiver.layer_unmounted()
+    }
+
+    /// Everything that does not need the last delta.
+    fn prepare(
+        &mut self,
+        images: &std::path::Path,
+        manifest: &Manifest,
+        clock: &mut Clock,
+    ) -> Result<AtGate> {
+        self.phase(clock, "prepare");
+        self.task.mount().context("mounting the container's rootfs")?;
+        self.task.stdio(&manifest.stdio).context("making the container's stdio")?;
+        let criu =
+            Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
+        let program: PathBuf = self.task.program()?;
+        let mut gate = GateServer::prepare(&self.task.bundle(), &program, &criu.path, "")?;
+        let daemon = Started::new(&self.task.work_dir()?, &program)?;
+        self.phase(clock, "runc restore");
+        self.task.restore(images, gate.dir()).context("starting runc restore")?;
+        wait_for(At::Restore, &mut gate, self.link, self.task, self.abort, true)?;
+        Ok(AtGate { gate, daemon })
+    }
+
+    fn commit(&mut self, serving: Option<&super::filling::Serving>) -> Result<()> {
+        self.link.json(Kind::Restored, &Restored::default())?;
+        let mut wire = self.link.wire();
+        loop {
+            match wire.recv()? {
+                Kind::Commit => return wire.message::<Commit>().map(drop),
+                // a page that was asked for during the restore
+                Kind::Memory => match serving {
+                    Some(serving) => serving.deliver(wire.payload()),
+                    None => bail!("the source sends pages that nobody asked for"),
+                },
+                Kind::Failed => {
+                    return Err(anyhow::Error::from(wire.message::<Failure>()?))
+                        .context("waiting for the source's commit");
+                }
+                kind => bail!("the source sent {kind:?} where Commit was due"),
+            }
+        }
+    }
+
+    fn announce(&self, netns: Option<&OwnedFd>, kick: net::Kick) {
+        let Some(ns) = netns else { return };
+        if let Some(cfg) = &self.request.net
+            && let Err(e) = net::announce(ns.as_fd(), cfg)
+        {
+            (self.events)(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
+        }
+        // peers that retransmitted into the fence wait longer and longer: have them send now
+        if let Err(e) = kick.send(ns.as_fd()) {
+            (self.events)(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The freeze of a live migration on the source. CRIU dumps metadata and names the pages that exist; what was written last is
+//! read from the frozen tasks by us at the same time; pages that nobody has sent yet follow, or stay here for the post-copy.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+
+use super::capture::{Context, reason};
+use super::codec::Kind;
+use super::copier::{Copied, Copier};
+use super::fault;
+use super::layers::Layers;
+use super::precopy::{Ahead, Next, merge};
+use super::prepared::Prepared;
+use super::protocol::Frozen;
+use super::report::{Clock, Item, Report, Side, millis};
+use super::source::SourceTask;
+use super::still::Still;
+use super::stream::Sender;
+use crate::criu::mm_image::Mappings;
+use crate::criu::{DumpRequest, ImageKind, PageEvent};
+use crate::memory::sets::encode_ranges;
+use crate::memory::tracker::{Found, Source, tasks};
+use crate::memory::{RangeSet, Space, maps};
+use crate::rootfs::KeptTimes;
+
+/// The image that goes ahead of the others.
+pub(super) const DESCRIPTORS: &str = "descriptors.json";
+
+/// Pages that are still on the source, by space.
+pub(super) type Left = BTreeMap<Space, RangeSet>;
+
+/// What the freeze gave.
+pub(super) struct Stopped {
+    pub still: Still,
+    pub report: Report,
+    /// Empty without post-copy.
+    pub left: Left,
+}
+
+/// Freezes and sends what is missing; with `post_copy` only what the restore itself needs.
+///
+/// # Errors
+/// With the tasks running as before.
+pub(super) fn freeze(
+    cx: &Context<'_>,
+    task: Box<dyn SourceTask>,
+    prepared: Prepared,
+    ahead: Ahead,
+    copier: &mut Copier,
+    layers: &mut Layers,
+    clock: &mut Clock,
+) -> Result<Stopped> {
+    let Ahead { next, found: unsent, rounds, worker } = ahead;
+    let post_copy = next == Next::FreezePostCopy;
+    let (images, work) = (prepared.images(), prepared.work());
+    let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
+    let clock = RefCell::new(clock);
+    let phase = |name: &str| cx.phase(&clock, name);
+    cx.go_on()?;
+    phase("freeze");
+    let (still, carry, entering) = Still::enter(task, freezer, netns)?;
+    let since = still.since();
+    fault::point("frozen");
+    let pids: Vec<i32> = still.freezer().pids().context("listing the frozen tasks")?.into_iter().collect();
+    let tasks = tasks(&pids);
+    cx.link.json(Kind::Frozen, &Frozen { processes: tasks.len() })?;
+    let mut items = Items::new(since);
+    items.add("freeze", 0.0, entering.freeze_ms);
+    items.add("fence", entering.freeze_ms, entering.fence_ms);
+    items.add("quiesce", entering.freeze_ms + entering.fence_ms, entering.quiesce_ms);
+
+    copier.hurry(true);
+    phase("final scan");
+    let at = items.now();
+    let mut found = match post_copy && rounds.is_empty() {
+        // nothing was ever sent: there is nothing to compare with
+        true => Vec::new(),
+        false => merge(unsent, copier.look(&tasks, true)?),
+    };
+    keep_from_code(&mut found);
+    // CRIU brings it, and its content says what is missing
+    found.retain(|f| f.space.kind == ImageKind::Pid);
+    let shared = copier.take_shared();
+    items.until_now("final scan", at);
+
+    phase("dump");
+    let at = items.now();
+    let times = KeptTimes::of(&rootfs);
+    let sender = RefCell::new(Sender::new(cx.link));
+    let layer_at = Cell::new((0.0, 0.0));
+    let mut on_post_dump = || {
+        // while CRIU's extra links to unlinked files exist
+        let from = millis(since.elapsed());
+        times.put_back();
+        layers.last(&pids, &mut sender.borrow_mut())?;
+        layer_at.set((from, millis(since.elapsed()) - from));
+        Ok(())
+    };
+    let mut request = DumpRequest {
+        opts,
+        images_dir: &images,
+        work_dir: &work,
+        descriptors: &descriptors,
+        on_post_dump: Some(&mut on_post_dump),
+    };
+    let mut listed = Listed::default();
+    let (dumped, copied) = thread::scope(|scope| {
+        let found = &found;
+        let copier = &mut *copier;
+        let (abort, link) = (cx.abort, cx.link);
+        let pages = scope.spawn(move || {
+            let begun = Instant::now();
+            let go_on = |_| {
+                ensure!(!abort.asked(), "the migration was given up by request");
+                Ok(())
+            };
+            let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, link, &go_on) };
+            (copied, millis(begun - since), millis(begun.elapsed()))
+        });
+        let dumped = worker.dump(&mut request, &mut |event| {
+            listed.note(&event);
+            shared.filter(listed.open, event, &mut |event| sender.borrow_mut().pages(event))?;
+            cx.go_on()
+        });
+        (dumped, pages.join())
+    });
+    drop(times);
+    items.until_now("CRIU dump", at);
+    let (copied, from, took) = copied.map_err(|_| anyhow!("the thread that copies pages panicked"))?;
+    items.add("final pages", from, took);
+    let (layer_from, layer_took) = layer_at.get();
+    items.add("layer", layer_from, layer_took);
+
+    let mut sender = sender.into_inner();
+    let mut left = Left::new();
+    let streamed = dumped.and_then(|stats| {
+        copied?;
+        phase("late pages");
+        let at = items.now();
+        let pid_of = |space: Space| tasks.iter().find(|t| t.vpid == space.id).map(|t| t.pid);
+        for (space, pages) in listed.spaces {
+            let mut late = copier.unsent(space, &pages);
+            if post_copy && space.kind == ImageKind::Pid {
+                let needed = needed_at_restore(&images, space.id)?;
+                let remote = late.difference(&needed);
+                late = late.intersection(&needed);
+                left.insert(space, remote);
+            }
+            let pid = if space.kind == ImageKind::Pid { pid_of(space) } else { None };
+            if !late.is_empty() {
+                copier.send_late(space, pid, &late, cx.link, &|_| cx.go_on())?;
+            }
+        }
+        left.retain(|_, pages| !pages.is_empty());
+        items.until_now("late pages", at);
+        phase("files");
+        let at = items.now();
+        sender.files(&images, &HashSet::from([DESCRIPTORS.into()]))?;
+        for (space, pages) in &left {
+            for payload in encode_ranges(*space, pages) {
+                cx.link.frame(Kind::RemotePages, &[&payload])?;
+            }
+        }
+        for f in found.iter().filter(|f| f.space.kind == ImageKind::Pid) {
+            for payload in encode_ranges(f.space, &f.written) {
+                cx.link.frame(Kind::HotPages, &[&payload])?;
+            }
+        }
+        sender.stdio(&carry)?;
+        items.until_now("files", at);
+        Ok(stats)
+    });
+    if let Err(e) = streamed {
+        return Err(reason(e, cx, &work));
+    }
+    let sent = sender.finish()?;
+    drop(dir);
+    let report = Report {
+        migration_id: cx.options.migration_id.clone(),
+        sent,
+        processes: tasks.len(),
+        freeze: items.all,
+        rounds,
+        ..Report::default()
+    };
+    Ok(Stopped { still, report, left })
+}
+
+/// Addresses of a task whose pages cannot follow later: its stack is used at once, and the rest CRIU restores itself.
+fn needed_at_restore(images: &Path, id: u64) -> Result<RangeSet> {
+    let mappings = Mappings::read(images, id)?;
+    let all = RangeSet::from(0..u64::MAX);
+    Ok(all.difference(&mappings.lazy()).union(&mappings.stacks()))
+}
+
+/// CRIU puts a system call into one of a task's executable pages for a moment and takes it out again: such pages are not read
+/// while it works, but after it, as everything that was not sent.
+fn keep_from_code(found: &mut [Found]) {
+    for f in found {
+        let Source::Task(pid) = f.source else { continue };
+        // a task that has ended has no code that could be wrong
+        let Ok(mappings) = maps::mappings(pid) else { continue };
+        let code: RangeSet = mappings.into_iter().filter(|m| m.exec).map(|m| m.range).collect();
+        f.written = f.written.difference(&code);
+    }
+}
+
+/// The pages that CRIU says exist and has not sent itself.
+#[derive(Default)]
+struct Listed {
+    open: Option<Space>,
+    spaces: BTreeMap<Space, RangeSet>,
+}
+
+impl Listed {
+    fn note(&mut self, event: &PageEvent<'_>) {
+        match event {
+            PageEvent::Open { kind, id } => self.open = Some(Space { kind: *kind, id: *id }),
+            PageEvent::Hole { vaddr, pages, .. } => {
+                if let Some(space) = self.open {
+                    let end = vaddr + pages * crate::criu::page_server::page_size() as u64;
+                    self.spaces.entry(space).or_default().insert(*vaddr..end);
+                }
+            }
+            PageEvent::Close => self.open = None,
+            PageEvent::Pages { .. } | PageEvent::Idle => {}
+        }
+    }
+}
+
+/// What the freeze is spent on, on this side.
+struct Items {
+    since: Instant,
+    all: Vec<Item>,
+}
+
+impl Items {
+    fn new(since: Instant) -> Items {
+        Items { since, all: Vec::new() }
+    }
+
+    fn now(&self) -> f64 {
+        millis(self.since.elapsed())
+    }
+
+    fn add(&mut self, name: &str, start_ms: f64, ms: f64) {
+        self.all.push(Item { name: name.to_owned(), start_ms, ms, side: Side::Source });
+    }
+
+    fn until_now(&mut self, name: &str, from: f64) {
+        let ms = self.now() - from;
+        self.add(name, from, ms);
+    }
+}

@@ -1,0 +1,196 @@
+//! Pre-copy on the source: rounds of memory and writable layer while the container runs, until the rest fits the downtime that
+//! is allowed or no longer shrinks. The decision itself is [`crate::memory::converge`]'s.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::capture::Context;
+use super::codec::Kind;
+use super::copier::Copier;
+use super::fault;
+use super::layers::Layers;
+use super::prepared::Prepared;
+use super::protocol::{self, Prepare, Ready};
+use super::report::{Clock, Round, millis};
+use crate::control::Event;
+use crate::criu::MemoryMode;
+use crate::criu::dump::{PreparedDump, Worker};
+use crate::criu::page_server::page_size;
+use crate::memory::converge::{self, Budget, Decision, RoundStats};
+use crate::memory::tracker::{self, Found};
+
+/// How to go on when the rounds have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Everything that is missing goes over in the freeze.
+    Freeze,
+    /// What is missing stays here and follows when the tasks run on the destination.
+    FreezePostCopy,
+}
+
+/// What the rounds came to.
+pub(super) struct Ahead {
+    pub next: Next,
+    /// What is known to be unsent.
+    pub found: Vec<Found>,
+    pub rounds: Vec<Round>,
+    /// A CRIU that only waits for the freeze.
+    pub worker: PreparedDump,
+}
+
+/// Copies in rounds, has the destination make itself ready, and catches up with what was written meanwhile.
+///
+/// # Errors
+/// With the container running as before, but for the tracker's registration, which goes with `copier`.
+pub(super) fn run(
+    cx: &Context<'_>,
+    prepared: &Prepared,
+    copier: &mut Copier,
+    layers: &mut Layers,
+    clock: &mut Clock,
+) -> Result<Ahead> {
+    let tuning = &cx.options.tuning;
+    // CRIU's first image: runc wants it before CRIU's restore begins
+    send_descriptors(cx, prepared)?;
+    let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
+    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new() };
+    let mut decision = converge::decide(&[], &budget, None);
+    let mut found = Vec::new();
+    if decision == Decision::Another {
+        found = rounds.look()?;
+        while decision == Decision::Another {
+            found = rounds.one(&found, clock)?;
+            decision = converge::decide(&rounds.stats, &budget, rounds.link_rate());
+        }
+    }
+    let mut next = match decision {
+        Decision::FreezePostCopy => Next::FreezePostCopy,
+        _ => Next::Freeze,
+    };
+    if !rounds.layers.begun() {
+        // the destination mounts it now
+        let pids = rounds.pids()?;
+        rounds.layers.round(&pids, cx.link)?;
+    }
+    cx.begin(clock, "prepare the destination");
+    let post_copy = next == Next::FreezePostCopy;
+    cx.link.json(Kind::Prepare, &Prepare {})?;
+    cx.link.flush()?;
+    let how = Worker { memory: MemoryMode::Parent, ..Worker::default() };
+    let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
+    cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
+    if !post_copy {
+        // what was written while the destination made itself ready
+        found = merge(found, rounds.look()?);
+        if converge::top_up(bytes_of(&found), rounds.link_rate()) {
+            found = rounds.one(&found, clock)?;
+            if converge::decide(&rounds.stats, &budget, rounds.link_rate()) == Decision::FreezePostCopy {
+                next = Next::FreezePostCopy;
+            }
+        }
+    }
+    Ok(Ahead { next, found, rounds: rounds.all, worker })
+}
+
+/// Two looks as one: what either has found is still to be sent.
+pub(super) fn merge(earlier: Vec<Found>, mut later: Vec<Found>) -> Vec<Found> {
+    for old in earlier {
+        match later.iter_mut().find(|new| new.space == old.space) {
+            Some(new) => new.written = new.written.union(&old.written),
+            None => later.push(old),
+        }
+    }
+    later
+}
+
+struct Rounds<'a> {
+    cx: &'a Context<'a>,
+    prepared: &'a Prepared,
+    copier: &'a mut Copier,
+    layers: &'a mut Layers,
+    all: Vec<Round>,
+    stats: Vec<RoundStats>,
+}
+
+impl Rounds<'_> {
+    fn pids(&self) -> Result<Vec<i32>> {
+        Ok(self.prepared.freezer.pids().context("listing the tasks")?.into_iter().collect())
+    }
+
+    fn look(&mut self) -> Result<Vec<Found>> {
+        self.copier.look(&tracker::tasks(&self.pids()?), false)
+    }
+
+    /// Sends what was found, and looks what was written meanwhile.
+    fn one(&mut self, found: &[Found], clock: &mut Clock) -> Result<Vec<Found>> {
+        let cx = self.cx;
+        cx.go_on()?;
+        let n = self.all.len() as u32 + 1;
+        clock.phase(&format!("round {n}"));
+        (cx.events)(Event::Round { n, total: Some(bytes_of(found)) });
+        fault::point("round");
+        let begun = Instant::now();
+        cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
+        let (sent, shown) = (Cell::new(0), Cell::new(0));
+        let copied = self.copier.send(found, cx.link, &|bytes| {
+            sent.set(sent.get() + bytes);
+            if sent.get() - shown.get() > 8 << 20 {
+                shown.set(sent.get());
+                (cx.events)(Event::Progress { bytes: sent.get(), total: None });
+            }
+            cx.go_on()
+        })?;
+        let layer = self.layers.round(&self.pids()?, cx.link)?;
+        cx.link.flush()?;
+        let next = self.look()?;
+        let took = begun.elapsed();
+        let page = page_size() as u64;
+        let dirty_after_bytes = bytes_of(&next);
+        let stats = RoundStats {
+            bytes: copied.bytes,
+            pages: copied.bytes / page,
+            seconds: took.as_secs_f64().max(1e-6),
+            dirty_after_bytes,
+        };
+        self.stats.push(stats);
+        let round = Round {
+            n,
+            start_ms: clock.now_ms() - millis(took),
+            ms: millis(took),
+            pages: (copied.bytes + copied.zero_bytes) / page,
+            bytes: copied.bytes,
+            wire_bytes: copied.wire_bytes,
+            zero_pages: copied.zero_bytes / page,
+            dirty_after_bytes,
+            dirty_rate: stats.dirty_rate() as u64,
+            layer_bytes: layer.bytes,
+            layer_entries: layer.entries,
+        };
+        (cx.events)(Event::RoundDone { round: round.clone() });
+        self.all.push(round);
+        Ok(next)
+    }
+
+    /// Bytes of memory per second that reach the peer, by the rounds so far.
+    fn link_rate(&self) -> Option<f64> {
+        let (bytes, seconds) = self
+            .stats
+            .iter()
+            .filter(|s| s.bytes > 1 << 20)
+            .fold((0, 0.0), |(b, t), s| (b + s.bytes, t + s.seconds));
+        if seconds > 0.0 { Some(bytes as f64 / seconds) } else { self.copier.rate() }
+    }
+}
+
+fn bytes_of(found: &[Found]) -> u64 {
+    found.iter().map(|f| f.written.bytes()).sum()
+}
+
+fn send_descriptors(cx: &Context<'_>, prepared: &Prepared) -> Result<()> {
+    let bytes = serde_json::to_vec(&prepared.descriptors)?;
+    let name = super::live::DESCRIPTORS.to_owned();
+    cx.link.json(Kind::File, &protocol::FileHeader { name, size: bytes.len() as u64 })?;
+    cx.link.frame(Kind::FileData, &[&bytes])
+}

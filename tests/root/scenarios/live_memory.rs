@@ -1,0 +1,71 @@
+//! Memory that changes in every way while the container moves back and forth: each page is checked where it is used and after each
+//! move. What the processes do is in `tests/tools/src/bin/ts-probe/mutate/`.
+
+use anyhow::{Result, ensure};
+
+use crate::Scenario;
+use crate::bed::{Bed, Node, wait_for};
+use crate::container;
+use crate::live::Mutants;
+use crate::requirements::Needs;
+use crate::traffic;
+
+/// The scenarios of this file.
+pub const ALL: &[Scenario] = &[
+    Scenario { name: "live_mappings", needs: Needs::Migration, run: mappings },
+    Scenario { name: "live_content", needs: Needs::Migration, run: content },
+    Scenario { name: "live_processes", needs: Needs::Migration, run: processes },
+    Scenario { name: "live_shared_memory", needs: Needs::Migration, run: shared },
+    Scenario { name: "live_everything", needs: Needs::Migration, run: everything },
+    Scenario { name: "live_fifty_processes", needs: Needs::Migration, run: fifty },
+    Scenario { name: "live_wrong_byte_is_seen", needs: Needs::Migration, run: wrong_byte },
+];
+
+/// These behaviours through three moves, one in each mode.
+fn each(bed: &Bed, behaviours: &str, first_mode: usize) -> Result<()> {
+    let mut mutants = Mutants::start(bed, "live", &[behaviours])?;
+    mutants.travel(3, first_mode)?;
+    mutants.end()
+}
+
+fn mappings(bed: &Bed) -> Result<()> {
+    each(bed, "mmap,replace,mremap,mprotect,brk,sparse", 0)
+}
+
+fn content(bed: &Bed) -> Result<()> {
+    each(bed, "writes,madvise,file-private,thp,jit,stack", 1)
+}
+
+fn processes(bed: &Bed) -> Result<()> {
+    each(bed, "fork,exec,threads", 2)
+}
+
+fn shared(bed: &Bed) -> Result<()> {
+    each(bed, "shared-anon,memfd,sysv,shm-file", 0)
+}
+
+fn everything(bed: &Bed) -> Result<()> {
+    each(bed, "all", 1)
+}
+
+/// Nine that write, nine that fork four children each (which fork too), and the controller.
+fn fifty(bed: &Bed) -> Result<()> {
+    let line =
+        ["fork,writes", "--copies", "9", "--mb", "2", "--threads", "1", "--rate", "2", "--every", "20"];
+    let mut mutants = Mutants::start(bed, "live", &line)?;
+    let table = bed.ok(Node::A, &["ctr", "task", "ps", "live"])?;
+    ensure!(table.lines().count() > 50, "{table}");
+    mutants.travel(2, 0)?;
+    mutants.end()
+}
+
+/// The checks see a byte that changed behind their back: otherwise all the others would show nothing.
+fn wrong_byte(bed: &Bed) -> Result<()> {
+    let mut mutants = Mutants::start(bed, "live", &["writes,mremap,files"])?;
+    mutants.go(&[])?;
+    container::exec(bed, mutants.at, "live", &["ts-probe", "ask", "spoil", "mremap"])?;
+    ensure!(mutants.verify().is_err(), "a changed byte was not seen");
+    let limit = std::time::Duration::from_secs(20);
+    wait_for(limit, "its end", || Ok(traffic::inside(bed, "live")?.contains("mutate WRONG in mremap")))?;
+    container::delete(bed, mutants.at, "live")
+}
