@@ -40,9 +40,8 @@ nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, UffdioZeropage);
 const MESSAGE: usize = 32;
 /// Messages taken by one read.
 const MESSAGES: usize = 64;
-/// An address that no task has mapped: the last page but one below 2^47, which the kernel leaves free on x86_64 and which is far above
-/// everything on kernels that are asked for less. Whether the task lives is found out with it.
-const NOWHERE: u64 = (1 << 47) - 0x2000;
+/// An address that is valid in every task, mapped or not: see [`Uffd::exited`].
+pub(super) const PROBE: u64 = 1 << 30;
 
 /// What a descriptor tells.
 pub enum Event {
@@ -142,9 +141,13 @@ impl Uffd {
         Ok(())
     }
 
-    /// Has the memory ended, with its last task or by execve?
+    /// Has the memory ended, with its last task or by execve? Changes nothing: the kernel looks for the memory first, and then cannot
+    /// read the page that is offered, at an address where nobody has one.
     pub fn exited(&self, page: u64) -> bool {
-        matches!(self.zero(NOWHERE..NOWHERE + page), Ok(Placed::Exited))
+        let mut arg = UffdioCopy { dst: PROBE, src: 0, len: page, ..Default::default() };
+        // SAFETY: `arg` is what this ioctl takes; a source that is not mapped is an error and nothing else.
+        let result = unsafe { uffdio_copy(self.0.as_raw_fd(), &raw mut arg) };
+        matches!(outcome(result, page, arg.copy), Ok(Placed::Exited))
     }
 }
 

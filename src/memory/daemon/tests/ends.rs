@@ -172,3 +172,19 @@ fn pages_that_are_nowhere_are_an_error_before_anything_happens() {
     let e = bed.listen(|_| {}).run(store, &sets, None, DaemonCtl::new().unwrap(), &mut |_| {}).unwrap_err();
     assert!(format!("{e:#}").contains("4096 bytes"), "{e:#}");
 }
+
+/// Asking whether a memory lives must not put anything into it.
+#[test]
+fn the_question_whether_a_task_lives_leaves_its_memory_alone() {
+    if skip() {
+        return;
+    }
+    let uffd = uffd::Uffd::new(task::registered(uffd::PROBE, 1)).unwrap();
+    assert!(!uffd.exited(P));
+    assert_eq!(
+        uffd.copy(uffd::PROBE, &page(7)).unwrap(),
+        uffd::Placed::Done(P),
+        "the page was missing still"
+    );
+    assert!(!uffd.exited(P));
+}

@@ -93,7 +93,7 @@ fn read_or_mapped() {
     for mapped in [false, true, false, true] {
         for len in [64 << 10, 256 << 10, 1 << 20, 4 << 20u64] {
             let (mut store, _) = bed.store(|n| n >= task::DENSE);
-            let uffd = uffd::Uffd::new(task::registered(bed.pages)).unwrap();
+            let uffd = uffd::Uffd::new(task::registered(BASE, bed.pages)).unwrap();
             let mut buf = vec![0; len as usize];
             let begun = cpu();
             for at in dense.clone().step_by(len as usize).map(|a| BASE + a) {

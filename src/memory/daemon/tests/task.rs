@@ -82,8 +82,8 @@ struct Register {
 }
 
 /// Maps and registers memory as CRIU's restorer does.
-pub fn registered(pages: u64) -> OwnedFd {
-    map(BASE, pages);
+pub fn registered(base: u64, pages: u64) -> OwnedFd {
+    map(base, pages);
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) } as RawFd;
     assert!(fd >= 0, "userfaultfd: {}", std::io::Error::last_os_error());
     let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -95,7 +95,7 @@ pub fn registered(pages: u64) -> OwnedFd {
         "{}",
         std::io::Error::last_os_error()
     );
-    let mut range = Register { start: BASE, len: pages * P, mode: 1, ioctls: 0 };
+    let mut range = Register { start: base, len: pages * P, mode: 1, ioctls: 0 };
     assert_eq!(
         unsafe { libc::ioctl(fd, 0xc020_aa00, &raw mut range) },
         0,
@@ -107,7 +107,7 @@ pub fn registered(pages: u64) -> OwnedFd {
 
 /// CRIU's restore, as the daemon sees it.
 fn register(socket: &Path, pages: u64) {
-    let uffd = registered(pages);
+    let uffd = registered(BASE, pages);
     let stream = UnixStream::connect(socket).unwrap();
     let say = |bytes: &[u8], fds: &[RawFd]| {
         let rights = [ControlMessage::ScmRights(fds)];

@@ -110,15 +110,16 @@ fn measure_client(figures: &mut Figures, moved: &Move, end: &Value) -> Result<()
     Ok(())
 }
 
-/// Runs the workload, moves it, checks it, removes it.
+/// Runs the workload, moves it, checks it, removes it. `link`: what the nodes' links are shaped to while it moves.
 pub fn run(
     bed: &mut Bed,
     workload: &Workload,
+    link: Option<&str>,
     system: &mut dyn System,
     dir: &Path,
 ) -> Result<Figures, String> {
     bed.shape(None)?;
-    let result = measure(bed, workload, system, dir);
+    let result = measure(bed, workload, link, system, dir);
     system.clean(bed);
     let _ = bed.shape(None);
     result
@@ -127,13 +128,14 @@ pub fn run(
 fn measure(
     bed: &mut Bed,
     workload: &Workload,
+    link: Option<&str>,
     system: &mut dyn System,
     dir: &Path,
 ) -> Result<Figures, String> {
     system.start(bed, workload)?;
     let mut watch = workload.watch(bed, dir)?;
     system.prepare(bed, workload)?;
-    bed.shape(workload.link)?;
+    bed.shape(link)?;
     std::thread::sleep(BASELINE);
     if matches!(watch, Watch::Load) {
         workload::ask(bed, "reset")?;

@@ -15,7 +15,7 @@ mod summary;
 mod systems;
 mod workload;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -30,6 +30,7 @@ use workload::Workload;
 const HELP: &str = "ts-bench run [options]   (by hack/bench, which makes what is needed)
   --nodes FILE          hack/nodes
   --workloads A,B       only these; --systems A,B: only these; --list: says which there are
+  --link RATE           the nodes' links shaped to this (as tc writes it) for all workloads
   --runs N              moves of each (default 5)
   --quick               redis-1g and writer-1g-100, transship and runc, 3 runs
   --seconds S           no further round is begun that would not end by then (at least one is run)
@@ -65,31 +66,44 @@ fn available_mb() -> u64 {
     line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
-/// One cell; a bed on which something failed is made anew.
-fn cell(
-    bed: &mut Option<Bed>,
-    nodes: &Path,
-    images: &[&str],
-    workload: &Workload,
-    system: &mut dyn System,
-    dir: &Path,
-) -> Result<cell::Figures, String> {
-    if let Some(reason) = system.unavailable() {
-        return Err(reason);
+/// The bed of all measurements, and where its things are.
+struct Bench<'a> {
+    nodes: PathBuf,
+    images: Vec<&'a str>,
+    /// Overrides the workloads' own.
+    link: Option<&'a str>,
+    dir: PathBuf,
+    bed: Option<Bed>,
+}
+
+impl Bench<'_> {
+    /// The bed; a new one when there is none.
+    fn bed(&mut self) -> Result<&mut Bed, String> {
+        let bed = match self.bed.take() {
+            Some(bed) => bed,
+            None => Bed::up(&self.nodes, &self.images)?,
+        };
+        Ok(self.bed.insert(bed))
     }
-    let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
-    if has < needs {
-        return Err(format!("not run: it needs {needs} MB of memory, the machine has {has} MB available"));
+
+    /// One measurement; a bed on which something failed is made anew.
+    fn measure(&mut self, workload: &Workload, system: &mut dyn System) -> Result<cell::Figures, String> {
+        if let Some(reason) = system.unavailable() {
+            return Err(reason);
+        }
+        let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
+        if has < needs {
+            return Err(format!(
+                "not run: it needs {needs} MB of memory, the machine has {has} MB available"
+            ));
+        }
+        let (link, dir) = (self.link.or(workload.link), self.dir.clone());
+        let result = cell::run(self.bed()?, workload, link, system, &dir);
+        if result.is_err() {
+            self.bed = None;
+        }
+        result
     }
-    if bed.is_none() {
-        *bed = Some(Bed::up(nodes, images)?);
-    }
-    let Some(up) = bed.as_mut() else { return Err("no bed".into()) };
-    let result = cell::run(up, workload, system, dir);
-    if result.is_err() {
-        *bed = None;
-    }
-    result
 }
 
 /// What runs in the nodes.
@@ -134,6 +148,7 @@ fn run(args: &Args) -> Result<bool, String> {
     let runs = args.option_number("runs", if quick { 3 } else { 5 })?.max(1) as usize;
     let budget = args.option_number("seconds", u64::MAX)?;
     let nodes = PathBuf::from(args.option("nodes").ok_or("--nodes is missing")?);
+    let link = args.option("link");
     let mut images: Vec<&str> = workloads.iter().map(|w| w.image).collect();
     images.sort_unstable();
     images.dedup();
@@ -147,9 +162,9 @@ fn run(args: &Args) -> Result<bool, String> {
         }
     }
     let start = Instant::now();
-    let mut up = Bed::up(&nodes, &images)?;
-    let machine = machine::describe(&programs(&mut up));
-    let (mut bed, mut longest) = (Some(up), 0);
+    let mut bench = Bench { nodes, images, link, dir, bed: None };
+    let machine = machine::describe(&programs(bench.bed()?));
+    let mut longest = 0;
     for round in 0..runs {
         let begin = start.elapsed().as_secs();
         if round > 0 && begin + longest > budget {
@@ -164,7 +179,7 @@ fn run(args: &Args) -> Result<bool, String> {
                 if round >= workload.max_runs || row.errors.len() >= 2 {
                     continue;
                 }
-                match cell(&mut bed, &nodes, &images, workload, system.as_mut(), &dir) {
+                match bench.measure(workload, system.as_mut()) {
                     Ok(f) => {
                         say(&format!(
                             "{}/{runs} {} {}: freeze {:.0} ms, gap {:.0} ms, total {:.0} ms, {:.1} MB{}",
@@ -192,8 +207,8 @@ fn run(args: &Args) -> Result<bool, String> {
         }
         longest = longest.max(start.elapsed().as_secs() - begin);
     }
-    drop(bed);
-    let _ = std::fs::remove_dir_all(&dir);
+    bench.bed = None;
+    let _ = std::fs::remove_dir_all(&bench.dir);
     if let Some(path) = args.option("out") {
         write(path, &format!("{:#}\n", json!({"machine": machine, "rows": summary::json(&rows, true)})))?;
     }

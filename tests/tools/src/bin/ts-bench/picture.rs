@@ -9,7 +9,7 @@ const WIDTH: f64 = 520.0;
 const RIGHT: f64 = 190.0;
 const BAR: f64 = 17.0;
 const PAUSE: f64 = 30.0;
-const TOP: f64 = 58.0;
+const TOP: f64 = 68.0;
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
