@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use super::abort::Abort;
+use super::code_pages::CodePages;
 use super::codec::Kind;
 use super::fault;
 use super::link::Link;
@@ -17,7 +18,9 @@ use super::source::{Options, SourceTask};
 use super::still::Still;
 use super::stream::Sender;
 use crate::control::Event;
-use crate::criu::{self, DumpRequest};
+use crate::criu::{self, DumpRequest, PageEvent};
+use crate::memory::Space;
+use crate::memory::tracker::tasks;
 use crate::rootfs::KeptTimes;
 use anyhow::{Result, bail};
 
@@ -89,9 +92,15 @@ pub(super) fn full(
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
     };
+    let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
+    let code = CodePages::of(&tasks(&pids));
+    let mut space = None;
     let dumped = criu.dump(&mut request, &mut |event| {
         let mut sender = sender.borrow_mut();
-        sender.pages(event)?;
+        if let PageEvent::Open { kind, id } = event {
+            space = Some(Space { kind, id });
+        }
+        code.mend(space, event, &mut |event| sender.pages(event))?;
         if sender.sent() - shown.get() > 8 << 20 {
             shown.set(sender.sent());
             (cx.events)(Event::Progress { bytes: shown.get(), total: None });

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -67,7 +67,13 @@ impl Started {
                         shared.state().broken.as_ref().map_or("it was told to stop", |(_, why)| why.as_str())
                     );
                 }
-                let begun = shared.state().running;
+                let mut state = shared.state();
+                let begun = state.running;
+                let filled_at = Instant::now();
+                while !state.told {
+                    state = shared.1.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                drop(state);
                 let filled = Filled {
                     faults: Faults {
                         local: stats.faults_local,
@@ -76,12 +82,16 @@ impl Started {
                     },
                     store_peak_bytes: stats.store_peak_bytes,
                     fill_bytes: stats.filled_bytes,
-                    fill_ms: begun.map_or(0.0, |at| millis(at.elapsed())),
+                    fill_ms: begun.map_or(0.0, |at| millis(filled_at.saturating_duration_since(at))),
                 };
                 // for the source's report; the container is whole in any case
                 let mut wire = link.wire();
                 let said = super::wire::FrameSink::json(&mut *wire, Kind::MemoryDone, &filled);
-                said.and_then(|()| wire.close()).unwrap_or_else(|e| log::debug!("telling the source: {e:#}"));
+                // the source may still be sending what nobody needs any more: it closes
+                match said.and_then(|()| wire.flush()) {
+                    Ok(()) => while wire.recv().is_ok() {},
+                    Err(e) => log::debug!("telling the source: {e:#}"),
+                }
                 Ok(())
             })
         };
@@ -91,7 +101,7 @@ impl Started {
 }
 
 #[derive(Default)]
-struct Shared(Mutex<State>);
+struct Shared(Mutex<State>, Condvar);
 
 #[derive(Default)]
 struct State {
@@ -99,6 +109,8 @@ struct State {
     inbox: VecDeque<Vec<u8>>,
     running: Option<Instant>,
     killer: Option<Killer>,
+    /// The source knows that the tasks run: only then may it hear that they are whole.
+    told: bool,
     /// Bytes that are still on the source.
     remote: u64,
     /// Why the memory cannot be completed, and how much of it.
@@ -179,6 +191,8 @@ impl Serving {
     pub fn fill(mut self, killer: Killer) -> Filling {
         let broken = {
             let mut state = self.shared.state();
+            state.told = true;
+            self.shared.1.notify_all();
             if state.broken.is_none() {
                 state.killer = Some(killer);
                 None
@@ -198,6 +212,8 @@ impl Drop for Serving {
         // an error before the commit: the tasks are killed behind the gate; the daemon holds on until they are
         if self.thread.is_some() {
             self.ctl.abort();
+            self.shared.state().told = true;
+            self.shared.1.notify_all();
         }
     }
 }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, anyhow, ensure};
 
 use super::capture::{Context, reason};
+use super::code_pages::CodePages;
 use super::codec::Kind;
 use super::copier::{Copied, Copier};
 use super::fault;
@@ -108,6 +109,7 @@ pub(super) fn freeze(
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
     };
+    let code = CodePages::of(&tasks);
     let mut listed = Listed::default();
     let (dumped, copied) = thread::scope(|scope| {
         let found = &found;
@@ -124,7 +126,8 @@ pub(super) fn freeze(
         });
         let dumped = worker.dump(&mut request, &mut |event| {
             listed.note(&event);
-            shared.filter(listed.open, event, &mut |event| sender.borrow_mut().pages(event))?;
+            let mut send = |event: PageEvent<'_>| sender.borrow_mut().pages(event);
+            code.mend(listed.open, event, &mut |event| shared.filter(listed.open, event, &mut send))?;
             cx.go_on()
         });
         (dumped, pages.join())

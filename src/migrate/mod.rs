@@ -39,6 +39,7 @@ pub mod abort;
 pub mod archive;
 mod arrival;
 mod capture;
+mod code_pages;
 pub mod codec;
 mod copier;
 pub mod destination;

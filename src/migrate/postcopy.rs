@@ -45,7 +45,7 @@ pub(super) fn serve(
     copier: &mut Copier,
     tasks: &[Task],
     left: &mut Left,
-) -> Result<Served> {
+) -> Result<(Served, Filled)> {
     let begun = Instant::now();
     let mut served = Served::default();
     let mut wants = VecDeque::new();
@@ -54,7 +54,12 @@ pub(super) fn serve(
     let mut sampled = Instant::now();
     cx.link.wire().low_latency(true);
     while !left.is_empty() || !wants.is_empty() {
-        take_wants(cx, &mut wants)?;
+        if let Some(filled) = take_wants(cx, &mut wants)? {
+            // what is left here was unmapped there, or its tasks have ended
+            left.clear();
+            served.ms = millis(begun.elapsed());
+            return Ok((served, filled));
+        }
         served.bytes += match wants.pop_front() {
             Some((space, range)) => {
                 served.wanted += 1;
@@ -83,7 +88,7 @@ pub(super) fn serve(
     cx.link.json(Kind::MemoryDone, &serde_json::json!({}))?;
     cx.link.flush()?;
     served.ms = millis(begun.elapsed());
-    Ok(served)
+    Ok((served, filled(cx)?))
 }
 
 /// Waits for this message. Pages that are still here and that somebody there needs before are sent meanwhile: `want` gets what
@@ -158,7 +163,8 @@ pub(super) fn filled(cx: &Context<'_>) -> Result<Filled> {
     }
 }
 
-fn take_wants(cx: &Context<'_>, wants: &mut VecDeque<(Space, Range<u64>)>) -> Result<()> {
+/// Takes the destination's requests; `Some` if it has all it needs.
+fn take_wants(cx: &Context<'_>, wants: &mut VecDeque<(Space, Range<u64>)>) -> Result<Option<Filled>> {
     let mut wire = cx.link.wire();
     while let Some(kind) = wire.try_recv()? {
         match kind {
@@ -166,11 +172,13 @@ fn take_wants(cx: &Context<'_>, wants: &mut VecDeque<(Space, Range<u64>)>) -> Re
                 ensure!(wants.len() < 1 << 20, "the destination asks for more than it can use");
                 wants.push_back(decode_want(wire.payload())?);
             }
+            Kind::MemoryDone => return wire.message().map(Some),
             Kind::Failed => return Err(wire.message::<Failure>()?.into()),
             kind => bail!("the destination sent {kind:?} during the post-copy"),
         }
     }
-    wire.alive().context("a sign of life")
+    wire.alive().context("a sign of life")?;
+    Ok(None)
 }
 
 /// The next pages in the background.

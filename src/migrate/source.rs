@@ -190,8 +190,7 @@ fn send_live(
     if !left.is_empty() {
         cx.begin(clock, "post-copy");
         fault::point("post-copy");
-        let served = postcopy::serve(cx, &mut copier, &tasks, &mut left)
-            .and_then(|served| Ok((served, postcopy::filled(cx)?)));
+        let served = postcopy::serve(cx, &mut copier, &tasks, &mut left);
         match served {
             Ok((served, filled)) => {
                 report.post_copy = Some(PostCopy {
