@@ -15,7 +15,8 @@ use super::kdat::Kdat;
 use super::log::Finding;
 use super::options::Limits;
 use super::page_server::{PageEvent, PageSink};
-use super::rpc::{CriuOpts, NetworkLock};
+use super::rpc::{CriuOpts, CriuReq, Features, NetworkLock, ReqType};
+use super::swrk::{Spawn, Swrk};
 use super::version::Criu;
 
 /// How a dump can treat memory with this CRIU on this kernel.
@@ -61,6 +62,17 @@ impl Criu {
         let found = MemoryModes { best, soft_dirty, why_not };
         modes.push((self.path.clone(), found.clone()));
         found
+    }
+
+    /// Has CRIU look at the kernel, if its cache in `/run` is not there or another build's. To be called before a CRIU is started
+    /// inside a container's network namespace: part of that look is a connection through the loopback, which a fence drops.
+    pub fn warm(&self) -> Result<()> {
+        let worker = Swrk::spawn(&self.path, &Spawn::default()).context("starting CRIU")?;
+        let features = Some(Features { mem_track: Some(true), ..Features::default() });
+        let answer = worker.call(&CriuReq { features, ..CriuReq::new(ReqType::FeatureCheck) }, &mut |_| true);
+        worker.finish();
+        anyhow::ensure!(answer?.success, "CRIU cannot tell the kernel's features");
+        Ok(())
     }
 
     /// What CRIU knows of the kernel.

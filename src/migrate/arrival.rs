@@ -25,6 +25,9 @@ use crate::criu::{Criu, GateServer};
 use crate::net;
 use crate::rootfs::{KeptTimes, NeedsUnmount};
 
+/// CRIU's log while it restores: errors and warnings. More costs a millisecond or two.
+const LOG_LEVEL: u8 = 2;
+
 /// The container on its way in.
 pub(super) struct Arrival<'a> {
     pub link: &'a Arc<Link>,
@@ -38,6 +41,8 @@ pub(super) struct Arrival<'a> {
 struct AtGate {
     gate: GateServer,
     daemon: Started,
+    /// Where CRIU finds a faster tar.
+    tools: PathBuf,
 }
 
 impl Arrival<'_> {
@@ -53,6 +58,10 @@ impl Arrival<'_> {
         let netns =
             self.request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
         let receiver = Receiver::live(&images.0, &self.task.layer()?, self.request.limits.memory_cap)?;
+        ensure!(
+            !manifest.in_netns || netns.is_some(),
+            "the container comes from a network namespace of its own, and none was made for it here"
+        );
         fault::point("receive");
         let (receiver, totals, at) = self.receive(receiver, &images.0, manifest, clock)?;
         let since = Instant::now();
@@ -65,7 +74,7 @@ impl Arrival<'_> {
         self.phase(clock, "plan");
         let stored = receiver.stored();
         let whole = receiver.finish_live(&totals)?;
-        let AtGate { mut gate, daemon } = match at {
+        let AtGate { mut gate, daemon, tools } = match at {
             Some(at) => at,
             None => self.prepare(&images.0, manifest, clock)?,
         };
@@ -77,7 +86,12 @@ impl Arrival<'_> {
         fault::point("restoring");
         self.phase(clock, "criu restore");
         let times = KeptTimes::of(&self.task.bundle().join("rootfs"));
-        gate.open_restore_with(&Opening { lazy_pages: serving.is_some(), ..Opening::default() })?;
+        gate.open_restore_with(&Opening {
+            lazy_pages: serving.is_some(),
+            netns: self.request.netns.as_deref().filter(|_| manifest.in_netns),
+            path_first: Some(&tools),
+            log_level: Some(LOG_LEVEL),
+        })?;
         wait_for(At::PostRestore, &mut gate, self.link, self.task, self.abort, true)?;
         drop(times);
         let now = item("CRIU restore", now);
@@ -213,13 +227,16 @@ impl Arrival<'_> {
         self.task.stdio(&manifest.stdio).context("making the container's stdio")?;
         let criu =
             Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
+        criu.warm().context("asking CRIU for the kernel's features")?;
         let program: PathBuf = self.task.program()?;
         let mut gate = GateServer::prepare(&self.task.bundle(), &program, &criu.path, "")?;
-        let daemon = Started::new(&self.task.work_dir()?, &program)?;
+        let work = self.task.work_dir()?;
+        let tools = crate::criu::tar::tools(&work, &program).context("CRIU's tools")?;
+        let daemon = Started::new(&work, &program)?;
         self.phase(clock, "runc restore");
         self.task.restore(images, gate.dir()).context("starting runc restore")?;
         wait_for(At::Restore, &mut gate, self.link, self.task, self.abort, true)?;
-        Ok(AtGate { gate, daemon })
+        Ok(AtGate { gate, daemon, tools })
     }
 
     fn commit(&mut self, serving: Option<&super::filling::Serving>) -> Result<()> {

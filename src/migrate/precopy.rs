@@ -2,6 +2,7 @@
 //! is allowed or no longer shrinks. The decision itself is [`crate::memory::converge`]'s.
 
 use std::cell::Cell;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -15,9 +16,9 @@ use super::prepared::Prepared;
 use super::protocol::{self, Prepare, Ready};
 use super::report::{Clock, Round, millis};
 use crate::control::Event;
-use crate::criu::MemoryMode;
 use crate::criu::dump::{PreparedDump, Worker};
 use crate::criu::page_server::page_size;
+use crate::criu::{self, MemoryMode};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
 
@@ -78,7 +79,10 @@ pub(super) fn run(
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
-    let how = Worker { memory: MemoryMode::Parent, ..Worker::default() };
+    let program = std::env::current_exe().context("this executable")?;
+    let tools = criu::tar::tools(&prepared.work(), &program).context("CRIU's tools")?;
+    let how =
+        Worker { memory: MemoryMode::Parent, netns: Some(prepared.netns.as_fd()), path_first: Some(&tools) };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
     if !post_copy {

@@ -48,6 +48,7 @@ impl Prepared {
         let facts = Facts::gather(&spec, pid, &task.rootfs(), freezer.path())?;
         let limits = criu::options::Limits {
             ghost_limit: options.limits.ghost_limit,
+            log_level: 2,
             ..criu::options::Limits::default()
         };
         let opts = dump_options(&spec, &facts, &limits).context("preparing CRIU's dump")?;

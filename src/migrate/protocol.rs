@@ -82,6 +82,9 @@ pub struct Manifest {
     /// Memory and layer come in rounds before the freeze; otherwise all of it comes once, in the freeze.
     #[serde(default)]
     pub live: bool,
+    /// CRIU dumps inside the container's network namespace, and has to restore inside its counterpart.
+    #[serde(default)]
+    pub in_netns: bool,
 }
 
 /// A round of copying begins (the container runs).

@@ -128,7 +128,8 @@ fn try_send(cx: &Context<'_>, ticket: &str, task: Box<dyn SourceTask>, clock: &m
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
     let live = welcome.version >= LIVE && prepared.criu.memory_modes().best == MemoryMode::Parent;
-    let manifest = Manifest { live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
+    let manifest =
+        Manifest { live, in_netns: live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
     let mut outcome =
@@ -150,7 +151,8 @@ fn send_whole(
     let (still, report) = capture::full(cx, task, prepared, clock)?;
     match commit(cx, still, report, clock, &mut |_, _| Ok(()))? {
         Committed::Undecided(still, lost) => Ok(Outcome::Undecided(still, lost)),
-        Committed::Runs(mut still, mut report) => {
+        Committed::Runs(mut still, report) => {
+            let mut report = *report;
             cx.begin(clock, "clean up");
             if let Err(e) = still.gone() {
                 report.warnings.push(format!("{e:#}"));
@@ -185,7 +187,7 @@ fn send_live(
         |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range).map(drop);
     let (mut still, mut report) = match commit(cx, still, report, clock, &mut want)? {
         Committed::Undecided(still, lost) => return Ok(Outcome::Undecided(still, lost)),
-        Committed::Runs(still, report) => (still, report),
+        Committed::Runs(still, report) => (still, *report),
     };
     if !left.is_empty() {
         cx.begin(clock, "post-copy");
@@ -263,7 +265,7 @@ fn lost(cx: &Context<'_>, mut still: Still, left: &live::Left, e: &anyhow::Error
 
 /// How the commit went.
 enum Committed {
-    Runs(Still, Report),
+    Runs(Still, Box<Report>),
     Undecided(Still, String),
 }
 
@@ -308,7 +310,7 @@ fn commit(
         item.side = Side::Destination;
         item
     }));
-    Ok(Committed::Runs(still, report))
+    Ok(Committed::Runs(still, Box::new(report)))
 }
 
 /// Writes the container's state into `wire` (see [`super::archive`]); with `stop` it is killed afterwards.
