@@ -153,6 +153,20 @@ impl Undecided {
         }
     }
 
+    /// Asks until the destination knows how the container's last memory fared, up to `limit`. Nothing is done about it.
+    pub async fn hear_of_loss(&self, agent: &Agent, limit: Duration) -> Option<Fate> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
+            match tokio::time::timeout(limit, self.question(agent)).await {
+                Ok(Ok(fate @ (Fate::Runs | Fate::Lost | Fate::GivenBack))) => return Some(fate),
+                Ok(Err(error)) => log::debug!("asking {}: {error:#}", self.to),
+                _ => {}
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        None
+    }
+
     async fn question(&self, agent: &Agent) -> Result<Fate> {
         let silence = agent.config.silence(0);
         let pki = agent.config.pki();

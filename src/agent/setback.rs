@@ -146,6 +146,25 @@ pub(super) fn lost_after(
     error
 }
 
+/// The source's shim died in the post-copy, and the frozen copy with it. `fate`: what the destination said of it, if it did.
+pub(super) fn shim_died(agent: &Agent, peer: &str, id: &str, fate: Option<Fate>) -> ErrorReport {
+    let message = format!(
+        "memory of {id} that had not reached {peer} was lost after the commit: its shim on {} died",
+        agent.node
+    );
+    let advice = Loss::default().advice();
+    let mut error = ErrorReport::new(ExitCode::Lost, message).advice(advice);
+    error.node.clone_from(&agent.node);
+    error.phase = loss::PHASE.into();
+    error.state = match fate {
+        Some(_) => format!("{id} is lost: its frozen copy died with the shim, and {peer} has killed it"),
+        None => format!(
+            "{id}'s frozen copy died with the shim; {peer} does not answer, and kills it when it notices"
+        ),
+    };
+    error
+}
+
 /// The shim gave up before the commit; waits for the destination to have undone its part, to be able to say so.
 pub(super) async fn failed_here(
     link: &mut Link,

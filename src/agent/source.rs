@@ -15,11 +15,11 @@ use super::{
     link::{Frame, Link, MAX_DATA},
     message::{Message, Ready, Started},
     netns,
-    outcome::Undecided,
+    outcome::{Fate, Undecided},
     peer::{self, Peer},
     placed::Placed,
     reporter::Reporter,
-    setback::{cancel, failed_here, failed_there, follow_undecided, lost, lost_after},
+    setback::{self, cancel, failed_here, failed_there, follow_undecided, lost, lost_after},
 };
 use crate::{
     containerd::{Namespace, record::Record},
@@ -318,6 +318,21 @@ async fn send(
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
             }
             Some(control::Event::Inspected(_)) => {}
+            None if reporter.phase_name() == loss::PHASE => {
+                // the frozen copy here died with it, with memory that the destination does not have
+                let undecided = Undecided {
+                    containerd: subject.containerd.clone(),
+                    record: subject.record.clone(),
+                    migration: ready.migration.clone(),
+                    to: request.to.clone(),
+                };
+                let silence = agent.config.silence(request.silence_seconds);
+                return match undecided.hear_of_loss(agent, silence * 2).await {
+                    // it had everything by then
+                    Some(Fate::Runs) => Ok(Some(early.unwrap_or_default())),
+                    fate => Err(setback::shim_died(agent, &peer, &subject.record.id, fate)),
+                };
+            }
             None => {
                 cancel(link, "the source's shim died").await;
                 let mut error = ErrorReport::new(
