@@ -60,7 +60,7 @@ use transship::{
 };
 
 fn main() -> ExitCode {
-    // the same executable is CRIU's gate during a restore: that has to be quick
+    // the same executable is CRIU's gate and its tar: that has to be quick
     if let Some(code) = transship::criu::gate::main_if_invoked() {
         return code;
     }

@@ -5,31 +5,50 @@
 //!   Hello (version, id, ticket)        ->
 //!                                      <-      Welcome (version chosen)
 //!   Manifest                           ->
+//!   Round, Memory, Layer*              ->      page store, layer applied        the container runs;
+//!     ... again with what was written since, until the rest is small            again and again
+//!   Prepare                            ->      root mounted, runc restore started, held in front of CRIU
+//!                                      <-      Ready
 //!   FREEZE   cgroup frozen, netns fenced, output drained
-//!   Pages / Files / Layer / Stdio      ->      page store and images on tmpfs, layer applied
-//!   Final                              ->      runc restore; tasks complete, held at the gate
+//!   Frozen, PagesHole*                 ->      CRIU's list of the pages that exist
+//!   Memory, Layer, Files, Stdio        ->      what was written last; metadata images
+//!   RemotePages, HotPages, Final       ->      images planned; CRIU restores; tasks complete, held at the gate
 //!                                      <-      Restored | Failed (the source thaws)
 //!   Commit                             ->      fence lifted, gate opened, addresses announced
-//!                                      <-      Running  (the source's tasks are killed)
+//!                                      <-      Running  (without post-copy the source's tasks are killed)
+//!   Memory, faults first               <->     MemoryWant                       post-copy only
+//!   MemoryDone                         <->     MemoryDone (every page is in its place)
 //! ```
 //!
+//! A peer of protocol 1, a CRIU that cannot leave memory alone, and a checkpoint file get everything in one copy in the freeze.
+//!
 //! The guarantee: before `Commit` is sent every failure leaves the source running as before; after it the source
-//! never runs again unless the destination has said that it aborted.
+//! never runs again unless the destination has said that it aborted, or has killed what it could not complete.
 //!
 //! | file | what lives there |
 //! |---|---|
 //! | [`codec`] | bytes <-> frames: header, caps, checksums |
 //! | [`protocol`] | the messages and the choice of a version (pure) |
-//! | [`wire`] | a blocking connection that sends and receives frames, with a deadline by silence |
-//! | `tls_io` | TLS under it, made for bulk data |
-//! | [`source`] | freeze, dump, stream, commit, or roll back |
+//! | [`wire`], [`tls_io`] | a blocking connection that sends and receives frames, with a deadline by silence |
+//! | [`link`] | that connection, shared by threads |
+//! | [`source`] | the order of a migration on the source: commit, or roll back |
+//! | [`prepared`] | what the source finds out before the freeze |
+//! | [`precopy`] | rounds while the container runs |
+//! | [`copier`] | memory asked for, read and sent; what the destination has |
+//! | [`layers`] | the writable layer, in rounds |
+//! | [`still`] | tasks that stand still, and how they are let go |
+//! | [`capture`] | the freeze with one copy of everything |
+//! | [`live`] | the freeze of a live migration |
+//! | [`code_pages`], [`shared`] | what CRIU changes for a moment; what of shared memory need not be sent again |
+//! | [`postcopy`] | pages that follow after the commit, on the source |
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
-//! | [`destination`] | receive, restore behind the gates, run, or undo |
+//! | [`destination`] | what both forms of an arrival share; one copy of everything received |
+//! | [`arrival`] | a live migration received |
+//! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`abort`] | giving up from another thread, up to the commit |
-//! | [`report`] | phases, rounds, the freeze item by item, bytes, faults |
-//! | [`loss`] | what is said when memory is lost in post-copy |
+//! | [`report`], [`loss`] | what was measured; what was lost in a post-copy |
 //! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
 //!
 //! What does not live here: containerd (the agent's room), runc and stdio (the shim's; both are reached through
