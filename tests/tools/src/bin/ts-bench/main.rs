@@ -86,17 +86,16 @@ impl Bench<'_> {
         Ok(self.bed.insert(bed))
     }
 
+    /// Why this cannot be measured on this machine.
+    fn obstacle(workload: &Workload, system: &dyn System) -> Option<String> {
+        let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
+        system.unavailable().or_else(|| {
+            (has < needs).then(|| format!("needs {needs} MB of memory, the machine has {has} MB available"))
+        })
+    }
+
     /// One measurement; a bed on which something failed is made anew.
     fn measure(&mut self, workload: &Workload, system: &mut dyn System) -> Result<cell::Figures, String> {
-        if let Some(reason) = system.unavailable() {
-            return Err(reason);
-        }
-        let (needs, has) = (workload.needs_mb * system.memory_percent() / 100, available_mb());
-        if has < needs {
-            return Err(format!(
-                "not run: it needs {needs} MB of memory, the machine has {has} MB available"
-            ));
-        }
         let (link, dir) = (self.link.or(workload.link), self.dir.clone());
         let result = cell::run(self.bed()?, workload, link, system, &dir);
         if result.is_err() {
@@ -158,7 +157,13 @@ fn run(args: &Args) -> Result<bool, String> {
     let mut rows: Vec<Row> = Vec::new();
     for workload in &workloads {
         for system in &systems {
-            rows.push(Row { workload: workload.name, system: system.name(), runs: vec![], errors: vec![] });
+            rows.push(Row {
+                workload: workload.name,
+                system: system.name(),
+                runs: vec![],
+                errors: vec![],
+                skipped: None,
+            });
         }
     }
     let start = Instant::now();
@@ -177,6 +182,13 @@ fn run(args: &Args) -> Result<bool, String> {
                 let Some(row) = row.next() else { break };
                 // what failed twice, or never worked, is not tried for ever
                 if round >= workload.max_runs || row.errors.len() >= 2 {
+                    continue;
+                }
+                if let Some(reason) = Bench::obstacle(workload, system.as_ref()) {
+                    if row.skipped.is_none() {
+                        say(&format!("{} {} is not measured: {reason}", workload.name, system.name()));
+                    }
+                    row.skipped = Some(reason);
                     continue;
                 }
                 match bench.measure(workload, system.as_mut()) {

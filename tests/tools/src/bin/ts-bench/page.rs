@@ -67,6 +67,9 @@ pub fn tables(rows: &[Row], workloads: &[&Workload], machine: &Value) -> String 
                 megabytes(row.median(|f| f.extra_bytes as f64)),
                 row.wrong(),
             );
+            if let Some(reason) = &row.skipped {
+                let _ = writeln!(notes, "\n{}: not measured here: {reason}.", row.system);
+            }
             if let Some(error) = row.errors.last() {
                 let _ = writeln!(
                     notes,

@@ -128,6 +128,7 @@ mod tests {
             system,
             runs: if gap_ms > 0.0 { vec![Figures { gap_ms, ..Figures::default() }] } else { vec![] },
             errors: vec![],
+            skipped: None,
         };
         let text = svg(&[row("transship", 50.0), row("runc", 1500.0), row("lazy", 0.0)], "a <machine>");
         let widths: Vec<f64> = text

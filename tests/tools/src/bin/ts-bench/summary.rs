@@ -10,6 +10,8 @@ pub struct Row {
     pub system: &'static str,
     pub runs: Vec<Figures>,
     pub errors: Vec<String>,
+    /// Why it is not measured on this machine at all.
+    pub skipped: Option<String>,
 }
 
 /// The middle one, or the mean of the two in the middle; nothing of nothing.
@@ -67,6 +69,9 @@ pub fn json(rows: &[Row], full: bool) -> Value {
         if row.wrong() > 0 || full {
             value["wrong"] = json!(row.wrong());
         }
+        if row.skipped.is_some() {
+            value["skipped"] = json!(row.skipped);
+        }
         if !row.errors.is_empty() {
             value["error"] = json!(row.errors.last());
         }
@@ -89,7 +94,7 @@ mod tests {
 
     fn row(system: &'static str, gaps: &[f64]) -> Row {
         let runs = gaps.iter().map(|g| Figures { gap_ms: *g, bytes: 10, ..Figures::default() }).collect();
-        Row { workload: "w", system, runs, errors: vec![] }
+        Row { workload: "w", system, runs, errors: vec![], skipped: None }
     }
 
     #[test]
