@@ -257,6 +257,8 @@ pub fn delete(flags: &Flags) -> Result<()> {
     }
     remains::clear(&runc::root(&options, &flags.namespace), &flags.id, &bundle);
     remove_dead_socket(&bundle);
+    // the agent's way to the shim that died
+    let _ = fs::remove_file(transship::control::socket_path(&flags.namespace, &flags.id));
     if let Err(e) = mounts::unmount_now(&bundle.join("rootfs")) {
         eprintln!("failed to cleanup rootfs mount: {e:#}");
     }
