@@ -164,7 +164,7 @@ impl Rounds<'_> {
             start_ms: clock.now_ms() - millis(took),
             ms: millis(took),
             pages: (copied.bytes + copied.zero_bytes) / page,
-            bytes: copied.bytes,
+            bytes: copied.bytes + copied.zero_bytes,
             wire_bytes: copied.wire_bytes,
             zero_pages: copied.zero_bytes / page,
             dirty_after_bytes,

@@ -239,7 +239,9 @@ pub fn processes(bed: &Bed, node: Node, command: &str) -> Result<Vec<i32>> {
         let program =
             line.split(' ').next().unwrap_or_default().rsplit('/').next().unwrap_or_default().to_owned();
         let rest = line.split_once(' ').map_or("", |(_, rest)| rest);
-        if same && format!("{program} {rest}").starts_with(command) {
+        // the same executable as something else than a shim
+        let helps = HELPERS.iter().any(|helper| rest.starts_with(helper));
+        if same && !helps && format!("{program} {rest}").starts_with(command) {
             found.push(pid);
         }
     }
@@ -256,6 +258,8 @@ pub fn kill(bed: &Bed, node: Node, command: &str) -> Result<()> {
 
 /// A node's agent.
 pub const AGENT: &str = "transship agent";
+/// What a shim starts of itself beside shims.
+const HELPERS: [&str; 2] = [transship::migrate::filling::KEEPER, transship::memory::inject::helper::ARG];
 /// A node's shim.
 pub const SHIM: &str = "containerd-shim-transship-v2";
 
