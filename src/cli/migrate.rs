@@ -119,22 +119,9 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::agent::api::{Event, PhaseTime, read_frame, write_frame};
+    use crate::agent::api::{Event, read_frame, write_frame};
+    use crate::cli::summary::tests::report;
     use crate::migrate::tuning::Mode;
-
-    fn report() -> Report {
-        let phase = |name: &str, ms| PhaseTime { name: name.into(), ms };
-        Report {
-            container: "redis".into(),
-            from: "node-a".into(),
-            to: "node-b".into(),
-            total_ms: 812.0,
-            freeze_ms: 231.4,
-            bytes_sent: 268_435_456,
-            phases: vec![phase("preflight", 12.0), phase("prepare", 300.0), phase("transfer", 500.0)],
-            ..Report::default()
-        }
-    }
 
     /// An agent that answers one connection after the other; what it was asked comes back.
     fn fake_agent(socket: &std::path::Path, answers: Vec<Event>) -> std::thread::JoinHandle<Vec<Request>> {

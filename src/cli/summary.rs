@@ -127,13 +127,14 @@ fn memory(shim: &ShimReport) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::json;
 
     use super::*;
     use crate::agent::api::PhaseTime;
 
-    fn report() -> Report {
+    /// A move as the agent reports it.
+    pub fn report() -> Report {
         let phase = |name: &str, ms| PhaseTime { name: name.into(), ms };
         Report {
             container: "redis".into(),

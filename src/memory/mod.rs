@@ -11,7 +11,6 @@
 //! | [`batch`] | pages on the wire: many runs in one frame |
 //! | [`sets`] | ranges of a space on the wire: what is wanted, what is still on the source |
 //! | [`compress`] | none, lz4, zstd, and the choice between them |
-//! | [`pipeline`] | reading and compressing in one thread, sending in another |
 //! | [`rate`] | the bandwidth limit |
 //! | [`converge`] | when to stop copying and freeze: a pure decision |
 //! | [`store`] | the destination's pages, on tmpfs |
@@ -25,7 +24,6 @@ pub mod converge;
 pub mod daemon;
 pub mod inject;
 pub mod maps;
-pub mod pipeline;
 pub mod range;
 pub mod rate;
 pub mod read;

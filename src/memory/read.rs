@@ -355,19 +355,25 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const PAGE: usize = 4096;
 
     /// Anonymous memory of this process, unmapped at the end.
     struct Area(*mut u8, usize);
 
+    /// Where the next one goes: far from the program, the heap, libraries and stacks.
+    static AREAS: AtomicUsize = AtomicUsize::new(0x10_0000_0000);
+
     impl Area {
         fn new(pages: usize, flags: libc::c_int) -> Area {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
             let flags = flags | libc::MAP_ANONYMOUS;
-            // SAFETY: a fresh mapping, wherever the kernel likes.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, prot, flags, -1, 0) };
-            assert_ne!(at, libc::MAP_FAILED);
+            // below all that the kernel chooses by itself: else the reader's buffers could fill a hole that a test made
+            let hint = AREAS.fetch_add(1 << 30, Ordering::Relaxed) as *mut libc::c_void;
+            // SAFETY: a fresh mapping; a hint moves no other mapping.
+            let at = unsafe { libc::mmap(hint, pages * PAGE, prot, flags, -1, 0) };
+            assert_eq!(at, hint, "the address is taken");
             Area(at.cast(), pages * PAGE)
         }
         fn page(&self, n: usize) -> u64 {

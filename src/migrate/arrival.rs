@@ -1,7 +1,7 @@
 //! A live migration on the destination: rounds into the page store while the container runs elsewhere, `runc restore` started
 //! and held before CRIU's own work, then the last delta, the restore, the commit, and the fill in the background.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::abort::Abort;
 use super::codec::Kind;
-use super::destination::{DestinationTask, restored_tasks, wait_for, wait_for_runc};
+use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_runc};
 use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
@@ -98,12 +98,7 @@ impl Arrival<'_> {
 
         // the tasks are complete and stand at the gate: from here the source decides
         self.task.held(&whole.carry).context("connecting the container's stdio")?;
-        let kick = match (&netns, gate.held_by()) {
-            (Some(ns), Some(script)) => net::Kick::collect(ns.as_fd(), &restored_tasks(script))
-                .inspect_err(|e| log::warn!("looking for the container's TCP connections: {e:#}"))
-                .unwrap_or_default(),
-            _ => net::Kick::default(),
-        };
+        let kick = connections(netns.as_ref(), &gate);
         let now = item("stdio and connections", now);
         fault::point("held");
         self.phase(clock, "commit");
@@ -124,7 +119,7 @@ impl Arrival<'_> {
         if let Some(serving) = &serving {
             serving.running();
         }
-        self.announce(netns.as_ref(), kick);
+        announce(netns.as_ref(), self.request, kick, self.events);
         let pid = wait_for_runc(self.link, self.task, true)?;
         self.task.adopt(pid).context("taking over the restored container")?;
         item("resume", now);
@@ -256,19 +251,6 @@ impl Arrival<'_> {
                 }
                 kind => bail!("the source sent {kind:?} where Commit was due"),
             }
-        }
-    }
-
-    fn announce(&self, netns: Option<&OwnedFd>, kick: net::Kick) {
-        let Some(ns) = netns else { return };
-        if let Some(cfg) = &self.request.net
-            && let Err(e) = net::announce(ns.as_fd(), cfg)
-        {
-            (self.events)(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
-        }
-        // peers that retransmitted into the fence wait longer and longer: have them send now
-        if let Err(e) = kick.send(ns.as_fd()) {
-            (self.events)(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
         }
     }
 }

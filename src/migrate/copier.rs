@@ -94,17 +94,17 @@ impl Copier {
         Ok(copied)
     }
 
-    /// Sends pages that no look has named (the tasks are frozen): `pid` is where a space's pages are read if it is new.
+    /// Sends pages that no look has named; `tasks` are those that stand still, one of which has them if the space is new.
     pub fn send_late(
         &mut self,
         space: Space,
-        pid: Option<i32>,
+        tasks: &[Task],
         pages: &RangeSet,
         link: &Link,
         go_on: &GoOn<'_>,
     ) -> Result<Copied> {
         let mut copied = Copied::default();
-        let source = self.source_of(space, pid)?;
+        let source = self.source_of(space, tasks)?;
         self.send_one(space, &source, pages, link, go_on, &mut copied)?;
         Ok(copied)
     }
@@ -131,12 +131,14 @@ impl Copier {
         }
     }
 
-    fn source_of(&self, space: Space, pid: Option<i32>) -> Result<Source> {
-        match (self.sources.get(&space), pid) {
-            (Some(source), _) => Ok(source.clone()),
-            (None, Some(pid)) => Ok(Source::Task(pid)),
-            (None, None) => anyhow::bail!("no task is known that has {:?} {}", space.kind, space.id),
+    fn source_of(&self, space: Space, tasks: &[Task]) -> Result<Source> {
+        if let Some(source) = self.sources.get(&space) {
+            return Ok(source.clone());
         }
+        let task = tasks.iter().find(|t| space == Space { kind: ImageKind::Pid, id: t.vpid });
+        let task =
+            task.with_context(|| format!("no task is known that has {:?} {}", space.kind, space.id))?;
+        Ok(Source::Task(task.pid))
     }
 
     fn send_one(

@@ -9,7 +9,7 @@
 //! left (the caller's [`DestinationTask::undo`] is called here, in one place). After it the container is ours.
 
 use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -197,12 +197,7 @@ fn take(
 
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
-    let kick = match (&netns, gate.held_by()) {
-        (Some(ns), Some(script)) => net::Kick::collect(ns.as_fd(), &restored_tasks(script))
-            .inspect_err(|e| log::warn!("looking for the container's TCP connections: {e:#}"))
-            .unwrap_or_default(),
-        _ => net::Kick::default(),
-    };
+    let kick = connections(netns.as_ref(), &gate);
     if waits {
         fault::point("held");
         phase(clock, "commit");
@@ -223,17 +218,7 @@ fn take(
     }
     let let_go = Instant::now();
     gate.open_run()?;
-    if let (Some(ns), Some(cfg)) = (&netns, &request.net)
-        && let Err(e) = net::announce(ns.as_fd(), cfg)
-    {
-        events(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
-    }
-    // peers that retransmitted into the fence wait longer and longer: have them send now
-    if let Some(ns) = &netns
-        && let Err(e) = kick.send(ns.as_fd())
-    {
-        events(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
-    }
+    announce(netns.as_ref(), request, kick, events);
     let pid = wait_for_runc(link, task, waits)?;
     task.adopt(pid).context("taking over the restored container")?;
     let (phases, total_ms) = clock.done();
@@ -252,6 +237,35 @@ fn take(
         sent: totals,
         ..Report::default()
     })
+}
+
+/// The connections of the restored tasks, which stand at the gate.
+pub(super) fn connections(netns: Option<&OwnedFd>, gate: &GateServer) -> net::Kick {
+    match (netns, gate.held_by()) {
+        (Some(ns), Some(script)) => net::Kick::collect(ns.as_fd(), &restored_tasks(script))
+            .inspect_err(|e| log::warn!("looking for the container's TCP connections: {e:#}"))
+            .unwrap_or_default(),
+        _ => net::Kick::default(),
+    }
+}
+
+/// The tasks run: whoever talked to them hears of it.
+pub(super) fn announce(
+    netns: Option<&OwnedFd>,
+    request: &ReceiveRequest,
+    kick: net::Kick,
+    events: &dyn Fn(Event),
+) {
+    let Some(ns) = netns else { return };
+    if let Some(cfg) = &request.net
+        && let Err(e) = net::announce(ns.as_fd(), cfg)
+    {
+        events(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
+    }
+    // peers that retransmitted into the fence wait longer and longer: have them send now
+    if let Err(e) = kick.send(ns.as_fd()) {
+        events(Event::Warning { message: format!("waking the container's TCP peers: {e:#}") });
+    }
 }
 
 fn receive_state(
@@ -323,7 +337,7 @@ pub(super) fn wait_for_runc(link: &Link, task: &mut dyn DestinationTask, waits: 
 
 /// The tasks that CRIU has restored, from the pid of the script that it runs: CRIU is the script's parent, and restores the
 /// tasks as its own siblings, below runc (`rst_sibling`).
-pub(super) fn restored_tasks(script: i32) -> Vec<i32> {
+fn restored_tasks(script: i32) -> Vec<i32> {
     let Some(criu) = parent(script) else { return Vec::new() };
     let Some(runc) = parent(criu) else { return Vec::new() };
     let (mut found, mut next) = (Vec::new(), children(runc));

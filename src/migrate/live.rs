@@ -23,14 +23,11 @@ use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
 use crate::criu::mm_image::Mappings;
-use crate::criu::{DumpRequest, ImageKind, PageEvent};
+use crate::criu::{DumpRequest, ImageKind, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
-use crate::memory::tracker::{Found, Source, tasks};
+use crate::memory::tracker::{Found, Source, Task, tasks};
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
-
-/// The image that goes ahead of the others.
-pub(super) const DESCRIPTORS: &str = "descriptors.json";
 
 /// Pages that are still on the source, by space.
 pub(super) type Left = BTreeMap<Space, RangeSet>;
@@ -38,6 +35,8 @@ pub(super) type Left = BTreeMap<Space, RangeSet>;
 /// What the freeze gave.
 pub(super) struct Stopped {
     pub still: Still,
+    /// The tasks that stand still.
+    pub tasks: Vec<Task>,
     pub report: Report,
     /// Empty without post-copy.
     pub left: Left,
@@ -141,11 +140,10 @@ pub(super) fn freeze(
 
     let mut sender = sender.into_inner();
     let mut left = Left::new();
-    let streamed = dumped.and_then(|stats| {
+    let streamed = dumped.and_then(|_| {
         copied?;
         phase("late pages");
         let at = items.now();
-        let pid_of = |space: Space| tasks.iter().find(|t| t.vpid == space.id).map(|t| t.pid);
         for (space, pages) in listed.spaces {
             let mut late = copier.unsent(space, &pages);
             if post_copy && space.kind == ImageKind::Pid {
@@ -154,29 +152,28 @@ pub(super) fn freeze(
                 late = late.intersection(&needed);
                 left.insert(space, remote);
             }
-            let pid = if space.kind == ImageKind::Pid { pid_of(space) } else { None };
             if !late.is_empty() {
-                copier.send_late(space, pid, &late, cx.link, &|_| cx.go_on())?;
+                copier.send_late(space, &tasks, &late, cx.link, &|_| cx.go_on())?;
             }
         }
         left.retain(|_, pages| !pages.is_empty());
         items.until_now("late pages", at);
         phase("files");
         let at = items.now();
-        sender.files(&images, &HashSet::from([DESCRIPTORS.into()]))?;
+        sender.files(&images, &HashSet::from([stdio::FILE.into()]))?;
         for (space, pages) in &left {
             for payload in encode_ranges(*space, pages) {
                 cx.link.frame(Kind::RemotePages, &[&payload])?;
             }
         }
-        for f in found.iter().filter(|f| f.space.kind == ImageKind::Pid) {
+        for f in &found {
             for payload in encode_ranges(f.space, &f.written) {
                 cx.link.frame(Kind::HotPages, &[&payload])?;
             }
         }
         sender.stdio(&carry)?;
         items.until_now("files", at);
-        Ok(stats)
+        Ok(())
     });
     if let Err(e) = streamed {
         return Err(reason(e, cx, &work));
@@ -191,7 +188,7 @@ pub(super) fn freeze(
         rounds,
         ..Report::default()
     };
-    Ok(Stopped { still, report, left })
+    Ok(Stopped { still, tasks, report, left })
 }
 
 /// Addresses of a task whose pages cannot follow later: its stack is used at once, and the rest CRIU restores itself.

@@ -137,8 +137,7 @@ fn send_left(
     if pages.is_empty() {
         return Ok(0);
     }
-    let pid = tasks.iter().find(|t| t.vpid == space.id && space.kind == ImageKind::Pid).map(|t| t.pid);
-    copier.send_late(space, pid, pages, cx.link, &|_| Ok(()))?;
+    copier.send_late(space, tasks, pages, cx.link, &|_| Ok(()))?;
     cx.link.flush()?;
     if let Some(rest) = left.get_mut(&space) {
         *rest = rest.difference(pages);
@@ -149,18 +148,9 @@ fn send_left(
     Ok(pages.bytes())
 }
 
-/// Waits until the destination says that every page is in its place.
+/// Waits until the destination says that every page is in its place. What it asked for before the last pages came it has.
 pub(super) fn filled(cx: &Context<'_>) -> Result<Filled> {
-    let mut wire = cx.link.wire();
-    loop {
-        match wire.recv()? {
-            // asked for before the last pages came
-            Kind::MemoryWant => {}
-            Kind::MemoryDone => return wire.message(),
-            Kind::Failed => return Err(wire.message::<Failure>()?.into()),
-            kind => bail!("the destination sent {kind:?} where the end of the fill was due"),
-        }
-    }
+    expect(cx, Kind::MemoryDone, &mut |_, _| Ok(()))
 }
 
 /// Takes the destination's requests; `Some` if it has all it needs.

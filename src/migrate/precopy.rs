@@ -194,7 +194,7 @@ fn bytes_of(found: &[Found]) -> u64 {
 
 fn send_descriptors(cx: &Context<'_>, prepared: &Prepared) -> Result<()> {
     let bytes = serde_json::to_vec(&prepared.descriptors)?;
-    let name = super::live::DESCRIPTORS.to_owned();
+    let name = criu::stdio::FILE.to_owned();
     cx.link.json(Kind::File, &protocol::FileHeader { name, size: bytes.len() as u64 })?;
     cx.link.frame(Kind::FileData, &[&bytes])
 }

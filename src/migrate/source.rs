@@ -38,7 +38,7 @@ use super::tuning::{OnPostCopyFailure, Tuning};
 use super::wire::Wire;
 use crate::control::{Event, Limits};
 use crate::criu::MemoryMode;
-use crate::memory::{RangeSet, Space, tracker};
+use crate::memory::{RangeSet, Space};
 use crate::rootfs::WritableLayer;
 
 /// What the source needs of the shim's container.
@@ -153,10 +153,7 @@ fn send_whole(
         Committed::Undecided(still, lost) => Ok(Outcome::Undecided(still, lost)),
         Committed::Runs(mut still, report) => {
             let mut report = *report;
-            cx.begin(clock, "clean up");
-            if let Err(e) = still.gone() {
-                report.warnings.push(format!("{e:#}"));
-            }
+            clean_up(cx, &mut still, &mut report, clock);
             cx.link.wire().close().ok();
             Ok(Outcome::Moved(Box::new(done(cx, report, clock))))
         }
@@ -174,15 +171,13 @@ fn send_live(
     let mut layers = Layers::new(&prepared.layer)?;
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, clock)?;
     let stopped = live::freeze(cx, task, prepared, ahead, &mut copier, &mut layers, clock)?;
-    let (still, mut left) = (stopped.still, stopped.left);
+    let live::Stopped { still, tasks, report, mut left } = stopped;
     let report = Report {
         mode: Some(if left.is_empty() { "pre-copy".into() } else { "post-copy".into() }),
         tracker: Some(copier.tracker().to_string()),
         compression: Some(cx.options.tuning.compress.to_string()),
-        ..stopped.report
+        ..report
     };
-    let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
-    let tasks = tracker::tasks(&pids);
     let mut want =
         |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range).map(drop);
     let (mut still, mut report) = match commit(cx, still, report, clock, &mut want)? {
@@ -205,15 +200,9 @@ fn send_live(
             }
             Err(e) => return Ok(lost(cx, still, &left, &e)),
         }
-        cx.begin(clock, "clean up");
-        if let Err(e) = still.gone() {
-            report.warnings.push(format!("{e:#}"));
-        }
+        clean_up(cx, &mut still, &mut report, clock);
     } else {
-        cx.begin(clock, "clean up");
-        if let Err(e) = still.gone() {
-            report.warnings.push(format!("{e:#}"));
-        }
+        clean_up(cx, &mut still, &mut report, clock);
         // the container is whole there; that the page daemon has finished is for the report only
         cx.begin(clock, "fill");
         match postcopy::filled(cx) {
@@ -226,6 +215,14 @@ fn send_live(
     copier.stop();
     cx.link.wire().close().ok();
     Ok(Outcome::Moved(Box::new(done(cx, report, clock))))
+}
+
+/// The container runs on the destination: what stands still here goes.
+fn clean_up(cx: &Context<'_>, still: &mut Still, report: &mut Report, clock: &mut Clock) {
+    cx.begin(clock, "clean up");
+    if let Err(e) = still.gone() {
+        report.warnings.push(format!("{e:#}"));
+    }
 }
 
 fn note_fill(report: &mut Report, filled: &Filled) {

@@ -468,16 +468,14 @@ mod tests {
         assert!(near.try_recv().unwrap().is_none() && near.fd() >= 0);
         near.frame(Kind::MemoryWant, &[&[1; 25]]).unwrap();
         near.flush().unwrap();
-        let (mut kinds, mut idle) = (Vec::new(), 0);
+        let mut kinds = Vec::new();
         let until = Instant::now() + Duration::from_secs(20);
         while kinds.len() < 2 && Instant::now() < until {
-            match near.try_recv().unwrap() {
-                Some(kind) => kinds.push((kind, near.payload().len())),
-                None => idle += 1,
+            if let Some(kind) = near.try_recv().unwrap() {
+                kinds.push((kind, near.payload().len()));
             }
         }
         assert_eq!(kinds, [(Kind::Memory, 1 << 20), (Kind::MemoryDone, 0)]);
-        assert!(idle > 0);
         near.low_latency(false);
         near.close().unwrap();
         assert!(far.join().unwrap().is::<Lost>());

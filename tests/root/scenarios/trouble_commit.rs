@@ -41,11 +41,17 @@ fn left(bed: &Bed) -> Result<()> {
     })
 }
 
-fn answer_found_out(bed: &Bed) -> Result<()> {
+/// A move that stands still just after the commit has reached node b.
+fn committed<'b>(bed: &'b Bed, options: &[&str]) -> Result<(Witness<'b>, Fault<'b>, Attempt)> {
     let witness = Witness::start(bed, "w1")?;
     let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &["--silence", "2"])?;
+    let attempt = Attempt::start(bed, "w1", options)?;
     fault.reached()?;
+    Ok((witness, fault, attempt))
+}
+
+fn answer_found_out(bed: &Bed) -> Result<()> {
+    let (witness, fault, attempt) = committed(bed, &["--silence", "2"])?;
     let cut = Unplugged::pull(bed, Node::B)?;
     drop(fault);
     undecided(bed, &attempt.finish()?)?;
@@ -57,10 +63,7 @@ fn answer_found_out(bed: &Bed) -> Result<()> {
 }
 
 fn aborted_there(bed: &Bed) -> Result<()> {
-    let witness = Witness::start(bed, "w1")?;
-    let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &["--silence", "2"])?;
-    fault.reached()?;
+    let (witness, fault, attempt) = committed(bed, &["--silence", "2"])?;
     // its agent lives, undoes the rest and says so
     trouble::kill(bed, Node::B, SHIM)?;
     drop(fault);
@@ -69,10 +72,7 @@ fn aborted_there(bed: &Bed) -> Result<()> {
 }
 
 fn resolved_to_run_here(bed: &Bed) -> Result<()> {
-    let witness = Witness::start(bed, "w1")?;
-    let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &["--silence", "2"])?;
-    fault.reached()?;
+    let (witness, fault, attempt) = committed(bed, &["--silence", "2"])?;
     trouble::kill(bed, Node::B, AGENT)?;
     trouble::kill(bed, Node::B, SHIM)?;
     drop(fault);
@@ -88,10 +88,7 @@ fn resolved_to_run_here(bed: &Bed) -> Result<()> {
 }
 
 fn resolved_as_moved(bed: &Bed) -> Result<()> {
-    let witness = Witness::start(bed, "w1")?;
-    let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &["--silence", "2"])?;
-    fault.reached()?;
+    let (witness, fault, attempt) = committed(bed, &["--silence", "2"])?;
     // its agent cannot be asked; its shim goes on
     trouble::kill(bed, Node::B, AGENT)?;
     let cut = Unplugged::pull(bed, Node::B)?;
@@ -107,10 +104,7 @@ fn resolved_as_moved(bed: &Bed) -> Result<()> {
 }
 
 fn sources_agent_restarted(bed: &Bed) -> Result<()> {
-    let witness = Witness::start(bed, "w1")?;
-    let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &["--silence", "2"])?;
-    fault.reached()?;
+    let (witness, fault, attempt) = committed(bed, &["--silence", "2"])?;
     let cut = Unplugged::pull(bed, Node::B)?;
     drop(fault);
     undecided(bed, &attempt.finish()?)?;
@@ -124,10 +118,7 @@ fn sources_agent_restarted(bed: &Bed) -> Result<()> {
 }
 
 fn sources_agent_killed(bed: &Bed) -> Result<()> {
-    let witness = Witness::start(bed, "w1")?;
-    let fault = Fault::at(bed, Node::B, "committed")?;
-    let attempt = Attempt::start(bed, "w1", &[])?;
-    fault.reached()?;
+    let (witness, fault, attempt) = committed(bed, &[])?;
     trouble::kill(bed, Node::A, AGENT)?;
     drop(fault);
     let outcome = attempt.finish()?;

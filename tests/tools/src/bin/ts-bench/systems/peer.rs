@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::ID;
+use super::{ID, Move};
 use crate::bed::{Bed, Helper, address};
 use crate::workload::{IP, MAC};
 
@@ -47,6 +47,21 @@ pub fn time(answer: &Value, name: &str) -> f64 {
 
 pub fn ms(begin: f64, end: f64) -> f64 {
     ((end - begin) * 1e4).round() / 10.0
+}
+
+/// A move of three steps, the workload standing still from the first to the end of the last.
+pub fn stopped(dump: &Value, copy: &Value, restore: &Value) -> Move {
+    let (begin, end) = (time(dump, "begin"), time(restore, "end"));
+    Move {
+        begin,
+        end,
+        freeze_ms: ms(begin, end),
+        detail: json!({
+            "checkpoint_ms": ms(begin, time(dump, "end")),
+            "copy_ms": ms(time(copy, "begin"), time(copy, "end")), "copy_bytes": copy["bytes"],
+            "restore_ms": ms(time(restore, "begin"), end),
+        }),
+    }
 }
 
 /// DIR/images of node a to node b.

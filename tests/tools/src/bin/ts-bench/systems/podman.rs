@@ -1,9 +1,7 @@
 //! podman's own way: `podman container checkpoint --export`, copy, `podman container restore --import`. Unpacked by
 //! `hack/lib/bench-podman`; storage and the exported file on tmpfs, no compression, runc and CRIU the bed's.
 
-use serde_json::json;
-
-use super::peer::{self, CONF, DIR, done, ms, spawn, time, write};
+use super::peer::{self, CONF, DIR, done, spawn, write};
 use super::{ID, Move, System};
 use crate::bed::Bed;
 use crate::workload::{IP, MAC, Workload};
@@ -105,18 +103,8 @@ impl System for Podman {
         if let Some(gate) = self.gate.take() {
             bed.b.try_sh(&gate);
         }
-        let (begin, end) = (time(&dump, "begin"), time(&restore, "end"));
         bed.b.try_sh(&format!("rm -f {file}"));
-        Ok(Move {
-            begin,
-            end,
-            freeze_ms: ms(begin, end),
-            detail: json!({
-                "checkpoint_ms": ms(begin, time(&dump, "end")),
-                "copy_ms": ms(time(&copy, "begin"), time(&copy, "end")), "copy_bytes": copy["bytes"],
-                "restore_ms": ms(time(&restore, "begin"), end),
-            }),
-        })
+        Ok(peer::stopped(&dump, &copy, &restore))
     }
 
     fn clean(&mut self, bed: &mut Bed) {

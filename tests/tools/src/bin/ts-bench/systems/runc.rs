@@ -210,18 +210,8 @@ impl Runc {
         let remove = spawn(&mut bed.a, &format!("rm -rf {DIR}/images"))?;
         let restore = self.restore(bed, &images, &[])?;
         done(&mut bed.a, remove, 30)?;
-        let (begin, end) = (time(&dump, "begin"), time(&restore, "end"));
         bed.b.try_sh(&format!("rm -rf {DIR}/images"));
-        Ok(Move {
-            begin,
-            end,
-            freeze_ms: ms(begin, end),
-            detail: json!({
-                "checkpoint_ms": ms(begin, time(&dump, "end")),
-                "copy_ms": ms(time(&copy, "begin"), time(&copy, "end")), "copy_bytes": copy["bytes"],
-                "restore_ms": ms(time(&restore, "begin"), end),
-            }),
-        })
+        Ok(peer::stopped(&dump, &copy, &restore))
     }
 
     fn lazy(&mut self, bed: &mut Bed) -> Result<Move, String> {
