@@ -25,12 +25,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::kdat::MountPoint;
-use super::log;
 use super::page_server::{PageServer, PageSink};
 use super::parent::Parent;
 use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
 use super::swrk::{Run, Spawn, Swrk};
 use super::version::Criu;
+use super::{listing, log};
 use crate::cgroup::Freezer;
 
 /// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
@@ -52,6 +52,20 @@ pub struct DumpRequest<'a> {
     /// extra names exist that CRIU gives to unlinked files (`link_remap.N`): the writable layer has to be read here, or
     /// at least those names kept. An error makes the dump fail.
     pub on_post_dump: Option<&'a mut dyn FnMut() -> Result<()>>,
+    /// With [`MemoryMode::Parent`], where CRIU lists pages.
+    pub listing: Listing<'a>,
+}
+
+/// Where CRIU lists the pages of a dump that leaves memory alone.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Listing<'a> {
+    /// Through the page server, with a message for each run of pages. Pages that come with their bytes come as they are read.
+    #[default]
+    Sent,
+    /// In image files, from which they are taken once CRIU is done: a fraction of the cost where memory is in many pieces. Pages with
+    /// bytes are in these files as well, so this is for containers without much shared memory. These are the tasks, by the pids that
+    /// they have in the container; of another one the bytes would come.
+    Written(&'a [u64]),
 }
 
 /// What becomes of a container's memory in a dump.
@@ -187,12 +201,19 @@ impl PreparedDump {
         opts.work_dir_fd = Some(work.as_raw_fd());
         opts.log_file = Some(LOG_FILE.to_owned());
         opts.notify_scripts = Some(request.on_post_dump.is_some());
-        opts.ps = Some(PageServerInfo { fd: Some(pages_fd), ..PageServerInfo::default() });
+        let tasks = match (request.listing, &memory) {
+            (Listing::Sent, _) | (_, Memory::Full) => None,
+            (Listing::Written(tasks), _) => Some(tasks),
+        };
+        if tasks.is_none() {
+            opts.ps = Some(PageServerInfo { fd: Some(pages_fd), ..PageServerInfo::default() });
+        }
         let parent = match memory {
             Memory::Full => None,
             _ => Some(Parent::create(request.work_dir, request.images_dir)?),
         };
         if let Some(parent) = &parent {
+            parent.has_tasks(tasks.unwrap_or_default(), criu.version)?;
             opts.parent_img = Some(parent.path()?);
             opts.track_mem = Some(true);
         }
@@ -249,10 +270,15 @@ impl PreparedDump {
         };
         worker.finish();
         stats.in_post_dump = in_post_dump;
-        stats.page_bytes = pages.bytes();
-        stats.total = begun.elapsed();
         // its link is no image
         drop(parent);
+        if tasks.is_some() && failure.is_none() && answer.as_ref().is_ok_and(|a| a.success) {
+            let listed = listing::replay(request.images_dir, &mut timed_sink);
+            failure = listed.map_err(|e| e.context("taking the list of pages from CRIU's images")).err();
+        }
+
+        stats.page_bytes = pages.bytes();
+        stats.total = begun.elapsed();
 
         // The caller's own failure first: CRIU's is then only its consequence.
         if let Some(e) = pages.take_failure().or(failure) {

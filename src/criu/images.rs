@@ -16,14 +16,14 @@ use prost::Message;
 use super::page_server::{ImageKind, PE_PRESENT, PageEvent, page_size};
 
 pub(super) const IMG_COMMON_MAGIC: u32 = 0x5456_4319;
-const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+pub(super) const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 /// No dump has more tasks and shared segments than this.
 pub(super) const IMAGES_CAP: usize = 1 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-struct PagemapHead {
+pub(super) struct PagemapHead {
     #[prost(uint32, required, tag = "1")]
-    pages_id: u32,
+    pub pages_id: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]

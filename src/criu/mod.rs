@@ -25,6 +25,7 @@ pub mod gate;
 pub mod gate_server;
 pub mod images;
 mod kdat;
+mod listing;
 pub mod log;
 pub mod mm_image;
 pub mod options;
@@ -41,7 +42,7 @@ pub mod tar;
 mod timerfd_image;
 pub mod version;
 
-pub use dump::{DumpRequest, DumpStats, MemoryMode, PreparedDump, Worker};
+pub use dump::{DumpRequest, DumpStats, Listing, MemoryMode, PreparedDump, Worker};
 pub use gate_server::GateServer;
 pub use images::PageStore;
 pub use page_server::{ImageKind, PageEvent};

@@ -13,6 +13,8 @@
 //! | still on the source | lazy, remote |
 //!
 //! Anything else is an error, before the commit. A restore without `lazy-pages` takes the images only if [`Plan::is_eager`].
+//! A lazy entry is no promise of content but an address range that the restore leaves alone. From the first lazy page of a mapping to the
+//! last one, what is not present is therefore one entry: memory may be in very many pieces, and CRIU takes its time for each.
 //! A present entry is never marked lazy: CRIU would skip it (`restore_priv_vma_content`, criu/mem.c). Shared memory is never lazy.
 //!
 //! With present and lazy pages in one mapping, a huge page that the restore faults in would cover lazy pages as well, which then never
@@ -255,6 +257,8 @@ struct Part {
     remote: RangeSet,
     /// Of `lazy`: main stacks.
     stacks: RangeSet,
+    /// Where pages may be lazy.
+    may_wait: RangeSet,
 }
 
 impl Part {
@@ -286,7 +290,19 @@ impl Part {
         let lazy = data.intersection(&may_wait);
         let stored = data.difference(&lazy);
         let stacks = lazy.intersection(&mappings.stacks());
-        Ok(Self { space: Some(space), stored, zero, lazy, remote, stacks })
+        Ok(Self { space: Some(space), stored, zero, lazy, remote, stacks, may_wait })
+    }
+
+    /// In each mapping all from its first page that comes later to its last one.
+    fn left_alone(&self) -> RangeSet {
+        let later = self.lazy.union(&self.remote);
+        let span = |within: Range<u64>| {
+            let mut there = later.overlapping(within);
+            let first = there.next()?;
+            let end = there.last().map_or(first.end, |last| last.end);
+            Some(first.start..end)
+        };
+        self.may_wait.iter().filter_map(span).collect()
     }
 
     /// Takes these out of what is lazy, as far as `room` goes.
@@ -347,7 +363,8 @@ impl Image {
         let of = |set: &RangeSet, from| set.iter().map(|r| (r, from)).collect::<Vec<_>>();
         runs.extend(of(&part.stored, From::Store));
         runs.extend(of(&part.zero, From::Zero));
-        runs.extend(of(&part.lazy.union(&part.remote), From::Lazy));
+        let present: RangeSet = runs.iter().map(|(range, _)| range.clone()).collect();
+        runs.extend(of(&part.left_alone().difference(&present), From::Lazy));
         runs.sort_unstable_by_key(|(range, _)| range.start);
         for (range, from) in runs {
             let pages = (range.end - range.start) / page;

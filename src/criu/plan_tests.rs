@@ -192,3 +192,18 @@ fn events_out_of_order_are_refused() {
     planner.event(open).unwrap();
     assert!(planner.finish(&Store::new(0).unwrap(), &[], &[]).is_err(), "in the middle of an image");
 }
+
+#[test]
+fn pieces_of_a_mapping_that_come_later_are_one_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut planner = planner(dir.path(), 0, 1);
+    // pages 4 and 9 do not exist, 11 is zero, 13 is hot, 16 is on the source; after 17 nothing is lazy
+    holes(&mut planner, TASK, &[(2, 4), (5, 9), (10, 12), (13, 15), (16, 17), (21, 22), (24, 25)]);
+    let store = store(TASK, &[(2, 4), (5, 9), (10, 11), (13, 15), (21, 22), (24, 25)], &[(11, 12)]);
+    let remote = [(TASK, set(&[(16, 17)]))];
+    let plan = planner.finish(&store, &remote, &[(TASK, set(&[(13, 14)]))]).unwrap();
+    assert_eq!(plan.lazy, [(TASK, set(&[(2, 4), (5, 9), (10, 11), (14, 15)]))], "what is served stays exact");
+    let (runs, bytes) = written(dir.path(), "pagemap-1.img");
+    assert_eq!(runs, [(2, 11, 2), (13, 1, 4), (14, 3, 2), (21, 1, 4), (24, 1, 4)]);
+    assert_eq!(bytes, [13, 21, 24]);
+}

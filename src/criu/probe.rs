@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
-use super::dump::{DumpFailed, MemoryMode, PreparedDump, Worker};
+use super::dump::{DumpFailed, Listing, MemoryMode, PreparedDump, Worker};
 use super::kdat::Kdat;
 use super::log::Finding;
 use super::options::Limits;
@@ -152,6 +152,7 @@ fn dump_subject(prepared: PreparedDump, pid: i32, dir: &Path, sink: &mut PageSin
         work_dir: dir,
         descriptors: &Default::default(),
         on_post_dump: None,
+        listing: Listing::Written(&[u64::from(pid.unsigned_abs())]),
     };
     prepared.dump(&mut request, sink).map(drop)
 }

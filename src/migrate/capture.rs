@@ -18,7 +18,7 @@ use super::source::{Options, SourceTask};
 use super::still::Still;
 use super::stream::Sender;
 use crate::control::Event;
-use crate::criu::{self, DumpRequest, PageEvent};
+use crate::criu::{self, DumpRequest, Listing, PageEvent};
 use crate::memory::Space;
 use crate::memory::tracker::tasks;
 use crate::rootfs::KeptTimes;
@@ -91,6 +91,7 @@ pub(super) fn full(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        listing: Listing::Sent,
     };
     let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
     let code = CodePages::of(&tasks(&pids));

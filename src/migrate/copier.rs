@@ -85,6 +85,11 @@ impl Copier {
         Ok(found)
     }
 
+    /// Has a look found shared memory?
+    pub fn knows_shared(&self) -> bool {
+        self.sources.keys().any(|space| space.kind == ImageKind::Shmem)
+    }
+
     /// Reads and sends. A page that is written meanwhile is found by the next look.
     pub fn send(&mut self, found: &[Found], link: &Link, go_on: &GoOn<'_>) -> Result<Copied> {
         let mut copied = Copied::default();

@@ -23,7 +23,7 @@ use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
 use crate::criu::mm_image::Mappings;
-use crate::criu::{DumpRequest, ImageKind, PageEvent, stdio};
+use crate::criu::{DumpRequest, ImageKind, Listing, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Source, Task, tasks};
 use crate::memory::{RangeSet, Space, maps};
@@ -77,11 +77,9 @@ pub(super) fn freeze(
     copier.hurry(true);
     phase("final scan");
     let at = items.now();
-    let mut found = match post_copy && rounds.is_empty() {
-        // nothing was ever sent: there is nothing to compare with
-        true => Vec::new(),
-        false => merge(unsent, copier.look(&tasks, true)?),
-    };
+    // where nothing was ever sent there is nothing to compare with
+    let looked = !post_copy || !rounds.is_empty();
+    let mut found = if looked { merge(unsent, copier.look(&tasks, true)?) } else { Vec::new() };
     keep_from_code(&mut found);
     // CRIU brings it, and its content says what is missing
     found.retain(|f| f.space.kind == ImageKind::Pid);
@@ -101,12 +99,14 @@ pub(super) fn freeze(
         layer_at.set((from, millis(since.elapsed()) - from));
         Ok(())
     };
+    let ids: Vec<u64> = tasks.iter().map(|t| t.vpid).collect();
     let mut request = DumpRequest {
         opts,
         images_dir: &images,
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        listing: if looked && !copier.knows_shared() { Listing::Written(&ids) } else { Listing::Sent },
     };
     let code = CodePages::of(&tasks);
     let mut listed = Listed::default();

@@ -4,7 +4,7 @@
 //! ```text
 //! PagesOpen  kind u8 (1 process, 2 shared memory), id u64         LayerEntry  rootfs::Entry
 //! Pages      vaddr u64, flags u32, bytes                          LayerData   offset u64, bytes
-//! PagesHole  vaddr u64, pages u64, flags u32                      File        JSON FileHeader, then FileData frames
+//! PagesHole  (vaddr u64, pages u64, flags u32)*                   File        JSON FileHeader, then FileData frames
 //! ```
 //!
 //! All integers are little-endian. Nothing here is ever stored as a whole: what CRIU hands over goes out at once.
@@ -33,6 +33,10 @@ use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
 
 /// Content bytes in one frame.
 const PIECE: usize = 1 << 20;
+/// Bytes of one run in a PagesHole frame.
+const HOLE: usize = 20;
+/// Runs in one PagesHole frame at most.
+const HOLES: usize = 4096;
 
 /// Counts what goes through, on either side and when a file is verified.
 #[derive(Debug, Default)]
@@ -89,12 +93,14 @@ pub struct Sender<'a> {
     link: &'a Link,
     counter: Counter,
     entry: Vec<u8>,
+    /// Runs of pages without bytes that wait to be sent together: there may be very many.
+    holes: Vec<u8>,
 }
 
 impl<'a> Sender<'a> {
     /// Sends through `link`.
     pub(super) fn new(link: &'a Link) -> Self {
-        Sender { link, counter: Counter::default(), entry: Vec::new() }
+        Sender { link, counter: Counter::default(), entry: Vec::new(), holes: Vec::new() }
     }
 
     fn frame(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<()> {
@@ -103,6 +109,13 @@ impl<'a> Sender<'a> {
 
     /// One event of CRIU's dump.
     pub fn pages(&mut self, event: PageEvent<'_>) -> Result<()> {
+        if let PageEvent::Hole { vaddr, pages, flags } = event {
+            self.holes.extend_from_slice(&vaddr.to_le_bytes());
+            self.holes.extend_from_slice(&pages.to_le_bytes());
+            self.holes.extend_from_slice(&flags.to_le_bytes());
+            return if self.holes.len() < HOLES * HOLE { Ok(()) } else { self.send_holes() };
+        }
+        self.send_holes()?;
         match event {
             PageEvent::Open { kind, id } => {
                 self.frame(Kind::PagesOpen, &[&[kind_number(kind)], &id.to_le_bytes()])
@@ -116,11 +129,18 @@ impl<'a> Sender<'a> {
                 self.counter.totals.page_bytes += bytes.len() as u64;
                 Ok(())
             }
-            PageEvent::Hole { vaddr, pages, flags } => self
-                .frame(Kind::PagesHole, &[&vaddr.to_le_bytes(), &pages.to_le_bytes(), &flags.to_le_bytes()]),
             PageEvent::Close => self.frame(Kind::PagesClose, &[]),
+            PageEvent::Hole { .. } => Ok(()),
             PageEvent::Idle => self.link.wire().alive(),
         }
+    }
+
+    fn send_holes(&mut self) -> Result<()> {
+        if !self.holes.is_empty() {
+            self.link.frame(Kind::PagesHole, &[&self.holes])?;
+            self.holes.clear();
+        }
+        Ok(())
     }
 
     /// Every plain file of CRIU's images directory, by name, but for those that were sent before; it holds metadata only.
@@ -336,10 +356,13 @@ impl Receiver {
                 self.page_event(PageEvent::Pages { vaddr, flags, bytes })
             }
             Kind::PagesHole => {
-                ensure!(payload.len() == 20, "a PagesHole frame of {} bytes", payload.len());
-                let flags = u32::from_le_bytes(payload[16..20].try_into()?);
-                let (vaddr, pages) = (u64_at(payload, 0), u64_at(payload, 8));
-                self.page_event(PageEvent::Hole { vaddr, pages, flags })
+                let (holes, rest) = payload.as_chunks::<HOLE>();
+                ensure!(rest.is_empty() && !holes.is_empty(), "a PagesHole frame of {} bytes", payload.len());
+                holes.iter().try_for_each(|hole| {
+                    let flags = u32::from_le_bytes(hole[16..].try_into()?);
+                    let (vaddr, pages) = (u64_at(hole, 0), u64_at(hole, 8));
+                    self.page_event(PageEvent::Hole { vaddr, pages, flags })
+                })
             }
             Kind::PagesClose => self.page_event(PageEvent::Close),
             Kind::Memory => {

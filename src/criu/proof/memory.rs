@@ -11,7 +11,9 @@ use anyhow::{Context, Result, ensure};
 use super::skip_reason;
 use crate::cgroup::Freezer;
 use crate::criu::rpc::{CriuOpts, NetworkLock};
-use crate::criu::{Criu, DumpRequest, DumpStats, ImageKind, MemoryMode, PageEvent, PreparedDump, Worker};
+use crate::criu::{
+    Criu, DumpRequest, DumpStats, ImageKind, Listing, MemoryMode, PageEvent, PreparedDump, Worker,
+};
 
 /// A process with this much private and shared memory, every page different from zero, in a freezer cgroup of its own.
 struct Subject {
@@ -64,7 +66,7 @@ impl Subject {
         self.child.id() as i32
     }
 
-    fn dump(&self, prepared: PreparedDump) -> Result<(DumpStats, Duration, Seen)> {
+    fn dump(&self, prepared: PreparedDump, listing: Listing<'_>) -> Result<(DumpStats, Duration, Seen)> {
         let dir = tempfile::tempdir_in("/dev/shm")?;
         let pipe = |fd: i32| std::fs::read_link(format!("/proc/{}/fd/{fd}", self.pid()));
         let external = [pipe(0)?, pipe(1)?, pipe(2)?].map(|p| p.to_string_lossy().into_owned());
@@ -91,6 +93,7 @@ impl Subject {
                 work_dir: dir.path(),
                 descriptors: &Default::default(),
                 on_post_dump: None,
+                listing,
             },
             &mut |event| {
                 match event {
@@ -152,13 +155,20 @@ fn clean_memory_is_left_alone() {
     let sizes = std::env::var("SIZES").unwrap_or("64".into());
     let shared = std::env::var("SHARED").map_or(8, |s| s.parse().unwrap());
     for mb in sizes.split(',').map(|s| s.parse::<u64>().unwrap()) {
-        for mode in [MemoryMode::Full, MemoryMode::Parent, MemoryMode::Full, MemoryMode::Parent] {
+        for (mode, written) in [
+            (MemoryMode::Full, false),
+            (MemoryMode::Parent, false),
+            (MemoryMode::Full, false),
+            (MemoryMode::Parent, true),
+        ] {
             let prepared = criu.prepare_dump(&Worker { memory: mode, ..Worker::default() }).unwrap();
             let subject = Subject::start(mb, shared, prepared.pid()).unwrap();
-            let (stats, took, seen) = subject.dump(prepared).unwrap();
+            let ids = [u64::from(subject.child.id())];
+            let listing = if written { Listing::Written(&ids) } else { Listing::Sent };
+            let (stats, took, seen) = subject.dump(prepared, listing).unwrap();
             let [private, _] = subject.addresses;
             println!(
-                "{mb} MB {mode:?}: {took:.1?} (sink {:.1?}) bytes {:?} holes private {} MB shared {} MB in {} runs",
+                "{mb} MB {mode:?} {listing:?}: {took:.1?} (sink {:.1?}) bytes {:?} holes private {} MB shared {} MB in {} runs",
                 stats.in_sink,
                 seen.bytes,
                 seen.holes_of(ImageKind::Pid) >> 20,

@@ -21,8 +21,9 @@ use super::gate_server::Opening;
 use super::gate_server::{self, CRIU_CONF_ANNOTATION, GateServer, Wait};
 use super::options::{Facts, Limits, dump_options};
 use super::plan::{EagerPolicy, Plan, Planner};
-use super::{Criu, DumpRequest, MemoryMode, PageStore, Worker, images, stdio};
+use super::{Criu, DumpRequest, Listing, MemoryMode, PageStore, Worker, images, stdio};
 use crate::cgroup::Freezer;
+use crate::memory::tracker::tasks;
 
 const RUNCS: [&str; 2] = ["/opt/testbed/p13/bin/runc", "/opt/testbed/pforky/bin/runc"];
 const CRIU: &str = "/opt/criu/bin/criu";
@@ -387,6 +388,8 @@ impl Bed {
                 live::Holes::default(),
             ),
         };
+        let ids: Vec<u64> =
+            tasks(&freezer.pids()?.into_iter().collect::<Vec<_>>()).iter().map(|t| t.vpid).collect();
         let mut post_dump = false;
         let dumping = Instant::now();
         let stats = ready.dump(
@@ -399,6 +402,7 @@ impl Bed {
                     post_dump = true;
                     Ok(())
                 }),
+                listing: if self.fast.netns { Listing::Written(&ids) } else { Listing::Sent },
             },
             &mut |event| match &mut sink {
                 Sink::Store(store) => store.event(event),
@@ -507,6 +511,7 @@ impl Bed {
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
+                listing: Listing::Sent,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {
