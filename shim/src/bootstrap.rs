@@ -176,7 +176,7 @@ fn bind(address: &str) -> Result<Option<UnixListener>> {
 }
 
 fn spawn_server(opts: &StartOpts, listener: &UnixListener) -> Result<()> {
-    let mut command = Command::new(env::current_exe().context("find this program")?);
+    let mut command = Command::new(transship::program::own()?);
     command.args(["-namespace", &opts.namespace, "-id", &opts.id, "-address", &opts.address]);
     if opts.debug {
         command.arg("-debug");

@@ -99,7 +99,7 @@ fn run() -> Result<()> {
         "delete" => bootstrap::delete(&flags),
         _ => {
             // the reaper waits for every child: it must not see the stops of one that is traced
-            helper::through(&std::env::current_exe()?);
+            helper::through(&transship::program::own()?);
             server::run(&flags, Arc::new(migration::Migrations::default()))
         }
     }

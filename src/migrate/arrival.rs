@@ -23,6 +23,7 @@ use crate::criu::gate::At;
 use crate::criu::gate_server::Opening;
 use crate::criu::{Criu, GateServer};
 use crate::net;
+use crate::program;
 use crate::rootfs::{KeptTimes, NeedsUnmount};
 
 /// CRIU's log while it restores: errors and warnings. More costs a millisecond or two.
@@ -223,11 +224,10 @@ impl Arrival<'_> {
         let criu =
             Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
         criu.warm().context("asking CRIU for the kernel's features")?;
-        let program: PathBuf = self.task.program()?;
-        let mut gate = GateServer::prepare(&self.task.bundle(), &program, &criu.path, "")?;
+        let mut gate = GateServer::prepare(&self.task.bundle(), &program::gate()?, &criu.path, "")?;
         let work = self.task.work_dir()?;
-        let tools = crate::criu::tar::tools(&work, &program).context("CRIU's tools")?;
-        let daemon = Started::new(&work, &program)?;
+        let tools = crate::criu::tar::tools(&work, &program::gate()?).context("CRIU's tools")?;
+        let daemon = Started::new(&work, &program::own()?)?;
         self.phase(clock, "runc restore");
         self.task.restore(images, gate.dir()).context("starting runc restore")?;
         wait_for(At::Restore, &mut gate, self.link, self.task, self.abort, true)?;

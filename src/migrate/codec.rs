@@ -130,7 +130,7 @@ impl Kind {
     }
 
     /// The largest payload that this kind may have.
-    pub fn cap(self) -> usize {
+    pub const fn cap(self) -> usize {
         match self {
             Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
             Kind::RemotePages | Kind::HotPages => MAX_DATA,

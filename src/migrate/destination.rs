@@ -34,7 +34,7 @@ use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
 use crate::rootfs::{KeptTimes, WritableLayer};
-use crate::{net, tls};
+use crate::{net, program, tls};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
 pub trait DestinationTask: Send {
@@ -42,8 +42,6 @@ pub trait DestinationTask: Send {
     fn layer(&self) -> Result<WritableLayer>;
     /// The bundle; the gates are put into it.
     fn bundle(&self) -> PathBuf;
-    /// The shim's executable, which is the gates' program as well.
-    fn program(&self) -> Result<PathBuf>;
     /// Mounts the rootfs.
     fn mount(&mut self) -> Result<()>;
     /// Makes stdio of these kinds; nothing is copied yet.
@@ -183,7 +181,7 @@ fn take(
     task.mount().context("mounting the container's rootfs")?;
     task.stdio(&manifest.stdio).context("making the container's stdio")?;
     let criu = Criu::find(request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
-    let mut gate = GateServer::prepare(&task.bundle(), &task.program()?, &criu.path, "")?;
+    let mut gate = GateServer::prepare(&task.bundle(), &program::gate()?, &criu.path, "")?;
     phase(clock, "runc restore");
     task.work_dir()?;
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;

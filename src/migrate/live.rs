@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use super::capture::{Context, reason};
 use super::code_pages::CodePages;
 use super::codec::Kind;
-use super::copier::{Copied, Copier};
+use super::copier::Copier;
 use super::fault;
 use super::layers::Layers;
 use super::precopy::{Ahead, Next, merge};
@@ -75,16 +75,10 @@ pub(super) fn freeze(
     items.add("quiesce", entering.freeze_ms + entering.fence_ms, entering.quiesce_ms);
 
     copier.hurry(true);
-    phase("final scan");
-    let at = items.now();
     // where nothing was ever sent there is nothing to compare with
     let looked = !post_copy || !rounds.is_empty();
-    let mut found = if looked { merge(unsent, copier.look(&tasks, true)?) } else { Vec::new() };
-    keep_from_code(&mut found);
-    // CRIU brings it, and its content says what is missing
-    found.retain(|f| f.space.kind == ImageKind::Pid);
     let shared = copier.take_shared();
-    items.until_now("final scan", at);
+    let listed_in_files = looked && !copier.knows_shared();
 
     phase("dump");
     let at = items.now();
@@ -106,22 +100,30 @@ pub(super) fn freeze(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
-        listing: if looked && !copier.knows_shared() { Listing::Written(&ids) } else { Listing::Sent },
+        listing: if listed_in_files { Listing::Written(&ids) } else { Listing::Sent },
     };
     let code = CodePages::of(&tasks);
     let mut listed = Listed::default();
-    let (dumped, copied) = thread::scope(|scope| {
-        let found = &found;
+    let (dumped, last) = thread::scope(|scope| {
         let copier = &mut *copier;
-        let (abort, link) = (cx.abort, cx.link);
-        let pages = scope.spawn(move || {
-            let begun = Instant::now();
+        let (abort, link, tasks) = (cx.abort, cx.link, &tasks);
+        // Beside CRIU, which takes as long to look at the same tasks. What it maps into them for a while counts as written, and goes
+        // nowhere: no image names it.
+        let last = scope.spawn(move || -> Result<_> {
+            let scanned = millis(since.elapsed());
+            let mut found = if looked { merge(unsent, copier.look(tasks, true)?) } else { Vec::new() };
+            keep_from_code(&mut found);
+            // CRIU brings it, and its content says what is missing
+            found.retain(|f| f.space.kind == ImageKind::Pid);
+            let copied = millis(since.elapsed());
             let go_on = |_| {
                 ensure!(!abort.asked(), "the migration was given up by request");
                 Ok(())
             };
-            let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, link, &go_on) };
-            (copied, millis(begun - since), millis(begun.elapsed()))
+            if !post_copy {
+                copier.send(&found, link, &go_on)?;
+            }
+            Ok((found, scanned, copied, millis(since.elapsed())))
         });
         let dumped = worker.dump(&mut request, &mut |event| {
             listed.note(&event);
@@ -129,19 +131,22 @@ pub(super) fn freeze(
             code.mend(listed.open, event, &mut |event| shared.filter(listed.open, event, &mut send))?;
             cx.go_on()
         });
-        (dumped, pages.join())
+        (dumped, last.join())
     });
     drop(times);
     items.until_now("CRIU dump", at);
-    let (copied, from, took) = copied.map_err(|_| anyhow!("the thread that copies pages panicked"))?;
-    items.add("final pages", from, took);
+    let last = last.map_err(|_| anyhow!("the thread that copies pages panicked"))?;
+    if let Ok((_, scanned, copied, end)) = &last {
+        items.add("final scan", *scanned, copied - scanned);
+        items.add("final pages", *copied, end - copied);
+    }
     let (layer_from, layer_took) = layer_at.get();
     items.add("layer", layer_from, layer_took);
 
     let mut sender = sender.into_inner();
     let mut left = Left::new();
     let streamed = dumped.and_then(|_| {
-        copied?;
+        let (found, ..) = last?;
         phase("late pages");
         let at = items.now();
         for (space, pages) in listed.spaces {
@@ -179,6 +184,7 @@ pub(super) fn freeze(
         return Err(reason(e, cx, &work));
     }
     let sent = sender.finish()?;
+    items.all.sort_by(|a, b| a.start_ms.total_cmp(&b.start_ms));
     drop(dir);
     let report = Report {
         migration_id: cx.options.migration_id.clone(),

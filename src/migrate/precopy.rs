@@ -21,6 +21,7 @@ use crate::criu::page_server::page_size;
 use crate::criu::{self, MemoryMode};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
+use crate::program;
 
 /// How to go on when the rounds have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,8 +80,7 @@ pub(super) fn run(
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
-    let program = std::env::current_exe().context("this executable")?;
-    let tools = criu::tar::tools(&prepared.work(), &program).context("CRIU's tools")?;
+    let tools = criu::tar::tools(&prepared.work(), &program::gate()?).context("CRIU's tools")?;
     let how =
         Worker { memory: MemoryMode::Parent, netns: Some(prepared.netns.as_fd()), path_first: Some(&tools) };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;

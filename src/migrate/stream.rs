@@ -36,7 +36,7 @@ const PIECE: usize = 1 << 20;
 /// Bytes of one run in a PagesHole frame.
 const HOLE: usize = 20;
 /// Runs in one PagesHole frame at most.
-const HOLES: usize = 4096;
+const HOLES: usize = Kind::PagesHole.cap() / HOLE;
 
 /// Counts what goes through, on either side and when a file is verified.
 #[derive(Debug, Default)]
@@ -110,9 +110,7 @@ impl<'a> Sender<'a> {
     /// One event of CRIU's dump.
     pub fn pages(&mut self, event: PageEvent<'_>) -> Result<()> {
         if let PageEvent::Hole { vaddr, pages, flags } = event {
-            self.holes.extend_from_slice(&vaddr.to_le_bytes());
-            self.holes.extend_from_slice(&pages.to_le_bytes());
-            self.holes.extend_from_slice(&flags.to_le_bytes());
+            self.holes.extend_from_slice(&hole_bytes(vaddr, pages, flags));
             return if self.holes.len() < HOLES * HOLE { Ok(()) } else { self.send_holes() };
         }
         self.send_holes()?;
@@ -355,15 +353,9 @@ impl Receiver {
                 let (vaddr, flags, bytes) = decode_pages(payload)?;
                 self.page_event(PageEvent::Pages { vaddr, flags, bytes })
             }
-            Kind::PagesHole => {
-                let (holes, rest) = payload.as_chunks::<HOLE>();
-                ensure!(rest.is_empty() && !holes.is_empty(), "a PagesHole frame of {} bytes", payload.len());
-                holes.iter().try_for_each(|hole| {
-                    let flags = u32::from_le_bytes(hole[16..].try_into()?);
-                    let (vaddr, pages) = (u64_at(hole, 0), u64_at(hole, 8));
-                    self.page_event(PageEvent::Hole { vaddr, pages, flags })
-                })
-            }
+            Kind::PagesHole => holes(payload)?.try_for_each(|(vaddr, pages, flags)| {
+                self.page_event(PageEvent::Hole { vaddr, pages, flags })
+            }),
             Kind::PagesClose => self.page_event(PageEvent::Close),
             Kind::Memory => {
                 let LiveMemory { store, scratch, .. } = self.live_memory()?;
@@ -491,6 +483,41 @@ pub(super) fn decode_pages(payload: &[u8]) -> Result<(u64, u32, &[u8])> {
     Ok((u64_at(payload, 0), flags, &payload[12..]))
 }
 
+/// One run of a PagesHole frame.
+fn hole_bytes(vaddr: u64, pages: u64, flags: u32) -> [u8; HOLE] {
+    let mut hole = [0; HOLE];
+    hole[..8].copy_from_slice(&vaddr.to_le_bytes());
+    hole[8..16].copy_from_slice(&pages.to_le_bytes());
+    hole[16..].copy_from_slice(&flags.to_le_bytes());
+    hole
+}
+
+/// The runs of a PagesHole frame: addresses, numbers of pages, flags.
+fn holes(payload: &[u8]) -> Result<impl Iterator<Item = (u64, u64, u32)> + '_> {
+    let (holes, rest) = payload.as_chunks::<HOLE>();
+    ensure!(rest.is_empty() && !holes.is_empty(), "a PagesHole frame of {} bytes", payload.len());
+    Ok(holes.iter().map(|hole| {
+        let flags = u32::from_le_bytes([hole[16], hole[17], hole[18], hole[19]]);
+        (u64_at(hole, 0), u64_at(hole, 8), flags)
+    }))
+}
+
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes, length checked by the caller"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_without_bytes_come_back() {
+        let all: Vec<(u64, u64, u32)> = (0..HOLES as u64).map(|n| (n << 20, n + 1, n as u32 % 3)).collect();
+        let payload: Vec<u8> = all.iter().flat_map(|(a, n, f)| hole_bytes(*a, *n, *f)).collect();
+        assert!(payload.len() <= Kind::PagesHole.cap(), "a full frame may be sent");
+        assert_eq!(holes(&payload).unwrap().collect::<Vec<_>>(), all);
+        for wrong in [&payload[..0], &payload[..HOLE - 1], &payload[..HOLE + 1]] {
+            assert!(holes(wrong).is_err());
+        }
+    }
 }

@@ -69,10 +69,6 @@ impl DestinationTask for Arriving {
         self.container.bundle.clone()
     }
 
-    fn program(&self) -> Result<PathBuf> {
-        std::env::current_exe().context("the shim's own executable")
-    }
-
     fn mount(&mut self) -> Result<()> {
         self.mounted = true;
         self.container.shared.runtime.block_on(self.container.mount_rootfs())

@@ -66,6 +66,16 @@ pub fn serve(stream: &UnixStream, container: &Arc<Container>, slot: &Arc<Slot>) 
     Ok(())
 }
 
+/// A bug ends one migration, not the shim's readiness for the next: what a panic drops on its way puts the container back.
+fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text =
+            text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+        bail!("a bug in the shim: {text}; its log in containerd's journal has the rest")
+    })
+}
+
 fn fd(fds: &mut dyn Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
     fds.next().context("the request came without its descriptor")
 }
@@ -146,7 +156,7 @@ fn send(
         limits: request.limits.clone(),
         tuning: request.tuning.clone(),
     };
-    let outcome = (|| {
+    let outcome = caught(|| {
         let config = tls::config::client(&request.tls, ALPN_DATA, Some(&request.peer))?;
         let name = tls::migration_name(&migration_id);
         let silence = std::time::Duration::from_secs(request.limits.silence_s);
@@ -162,7 +172,7 @@ fn send(
             say(event);
         };
         source::send(wire, &request.ticket, Box::new(leaving), &options, &abort, &tell)
-    })();
+    });
     match outcome {
         Ok(Outcome::Moved(report)) => {
             slot.end(MigrationState::Moved { migration_id });
@@ -208,7 +218,8 @@ fn checkpoint(
         limits: request.limits,
         tuning: Tuning::default(),
     };
-    let result = archive::create(file).and_then(|wire| {
+    let result = caught(|| {
+        let wire = archive::create(file)?;
         source::checkpoint(wire, Box::new(leaving), &options, request.container, request.stop, &abort, say)
     });
     slot.end(MigrationState::Idle);
@@ -251,7 +262,7 @@ fn arrive(
     let migration_id = request.migration_id.clone();
     slot.begin(MigrationState::Receiving { migration_id: migration_id.clone() }, abort.clone())
         .map_err(|e| anyhow!(e))?;
-    match work(&abort) {
+    match caught(|| work(&abort)) {
         Ok((report, filling)) => {
             slot.arrived(request, filling);
             Ok(Some(report))
