@@ -237,6 +237,7 @@ impl PreparedDump {
             result
         };
         let mut in_post_dump = Duration::ZERO;
+        let mut list = tasks.map(|_| request.images_dir);
         let answer = loop {
             let (rpc_ready, pages_ready) = wait(&worker, &pages)?;
             if pages_ready {
@@ -267,14 +268,17 @@ impl PreparedDump {
             if let Err(e) = answered {
                 break Err(e);
             }
+            // the memory images are complete, and CRIU takes its time to leave the tasks
+            if message.notify.as_ref().is_some_and(|n| n.script.as_deref() == Some("post-dump")) {
+                failure = failure.or_else(|| replay(list.take(), &mut timed_sink));
+            }
         };
         worker.finish();
         stats.in_post_dump = in_post_dump;
         // its link is no image
         drop(parent);
-        if tasks.is_some() && failure.is_none() && answer.as_ref().is_ok_and(|a| a.success) {
-            let listed = listing::replay(request.images_dir, &mut timed_sink);
-            failure = listed.map_err(|e| e.context("taking the list of pages from CRIU's images")).err();
+        if answer.as_ref().is_ok_and(|a| a.success) {
+            failure = failure.or_else(|| replay(list.take(), &mut timed_sink));
         }
 
         stats.page_bytes = pages.bytes();
@@ -303,6 +307,12 @@ impl PreparedDump {
             }
         }
     }
+}
+
+/// Takes the list of pages from the images, if it is there; gives what went wrong.
+fn replay(images: Option<&Path>, sink: &mut PageSink<'_>) -> Option<Error> {
+    let result = listing::replay(images?, sink);
+    result.err().map(|e| e.context("taking the list of pages from CRIU's images"))
 }
 
 /// Is the worker's cache still the copy? Another build of CRIU removes a cache that is not its own, and every mount on it with it.
