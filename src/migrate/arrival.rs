@@ -18,10 +18,11 @@ use super::prepared::ImagesDir;
 use super::protocol::{Commit, Failure, Filled, Final, Manifest, Ready, Restored, Round, Running};
 use super::report::{Clock, Item, Report, Side, millis};
 use super::stream::Receiver;
+use super::tmpfs::Stage;
 use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::gate_server::Opening;
-use crate::criu::{Criu, GateServer};
+use crate::criu::{self, Criu, GateServer};
 use crate::net;
 use crate::rootfs::{KeptTimes, NeedsUnmount};
 
@@ -226,7 +227,8 @@ impl Arrival<'_> {
         let program: PathBuf = self.task.program()?;
         let mut gate = GateServer::prepare(&self.task.bundle(), &program, &criu.path, "")?;
         let work = self.task.work_dir()?;
-        let tools = crate::criu::tar::tools(&work, &program).context("CRIU's tools")?;
+        let tools = criu::tar::tools(&work, &program).context("CRIU's tools")?;
+        criu::tar::staged::files_in(&tools, &Stage::dir_in(images)).context("CRIU's tools")?;
         let daemon = Started::new(&work, &program)?;
         self.phase(clock, "runc restore");
         self.task.restore(images, gate.dir()).context("starting runc restore")?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow};
 
 use super::capture::{Context, reason};
 use super::code_pages::CodePages;
@@ -22,7 +22,9 @@ use super::report::{Clock, Item, Report, Side, millis};
 use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
+use super::tmpfs::Tmpfs;
 use crate::criu::mm_image::Mappings;
+use crate::criu::tar::staged::Table;
 use crate::criu::{DumpRequest, ImageKind, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Source, Task, tasks};
@@ -42,6 +44,14 @@ pub(super) struct Stopped {
     pub left: Left,
 }
 
+/// What has gone ahead, and goes on.
+pub(super) struct Moving<'a> {
+    pub copier: &'a mut Copier,
+    pub layers: &'a mut Layers,
+    /// None where tmpfs files go with CRIU's images.
+    pub tmpfs: Option<&'a mut Tmpfs>,
+}
+
 /// Freezes and sends what is missing; with `post_copy` only what the restore itself needs.
 ///
 /// # Errors
@@ -51,11 +61,11 @@ pub(super) fn freeze(
     task: Box<dyn SourceTask>,
     prepared: Prepared,
     ahead: Ahead,
-    copier: &mut Copier,
-    layers: &mut Layers,
+    moving: &mut Moving<'_>,
     clock: &mut Clock,
 ) -> Result<Stopped> {
-    let Ahead { next, found: unsent, rounds, worker } = ahead;
+    let Ahead { next, found: unsent, rounds, worker, tools } = ahead;
+    let Moving { copier, layers, tmpfs } = moving;
     let post_copy = next == Next::FreezePostCopy;
     let (images, work) = (prepared.images(), prepared.work());
     let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
@@ -110,16 +120,26 @@ pub(super) fn freeze(
     };
     let code = CodePages::of(&tasks);
     let mut listed = Listed::default();
-    let (dumped, copied) = thread::scope(|scope| {
+    // before CRIU's tar can ask for it
+    let table = tmpfs.is_some().then(|| Table::create(&tools)).transpose()?;
+    let (dumped, copied, staged) = thread::scope(|scope| {
         let found = &found;
-        let copier = &mut *copier;
+        let copier = &mut **copier;
         let (abort, link) = (cx.abort, cx.link);
+        let staged = tmpfs.as_mut().zip(table).map(|(tmpfs, table)| {
+            let pids = &pids;
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let sent = tmpfs.last(pids, link, &|_| abort.go_on()).and_then(|(sent, all)| {
+                    table.finish(&all)?;
+                    Ok(sent.bytes)
+                });
+                (sent, millis(begun - since), millis(begun.elapsed()))
+            })
+        });
         let pages = scope.spawn(move || {
             let begun = Instant::now();
-            let go_on = |_| {
-                ensure!(!abort.asked(), "the migration was given up by request");
-                Ok(())
-            };
+            let go_on = |_| abort.go_on();
             let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, link, &go_on) };
             (copied, millis(begun - since), millis(begun.elapsed()))
         });
@@ -129,12 +149,18 @@ pub(super) fn freeze(
             code.mend(listed.open, event, &mut |event| shared.filter(listed.open, event, &mut send))?;
             cx.go_on()
         });
-        (dumped, pages.join())
+        (dumped, pages.join(), staged.map(|staged| staged.join()))
     });
     drop(times);
     items.until_now("CRIU dump", at);
     let (copied, from, took) = copied.map_err(|_| anyhow!("the thread that copies pages panicked"))?;
     items.add("final pages", from, took);
+    let mut tmpfs_sent = Ok(0);
+    if let Some(staged) = staged {
+        let (sent, from, took) = staged.map_err(|_| anyhow!("the thread that copies files panicked"))?;
+        items.add("tmpfs", from, took);
+        tmpfs_sent = sent;
+    }
     let (layer_from, layer_took) = layer_at.get();
     items.add("layer", layer_from, layer_took);
 
@@ -142,6 +168,7 @@ pub(super) fn freeze(
     let mut left = Left::new();
     let streamed = dumped.and_then(|_| {
         copied?;
+        sender.tmpfs_sent(tmpfs_sent.context("copying tmpfs files")?);
         phase("late pages");
         let at = items.now();
         for (space, pages) in listed.spaces {
