@@ -152,6 +152,7 @@ fn dump_subject(prepared: PreparedDump, pid: i32, dir: &Path, sink: &mut PageSin
         work_dir: dir,
         descriptors: &Default::default(),
         on_post_dump: None,
+        on_shared: None,
     };
     prepared.dump(&mut request, sink).map(drop)
 }

@@ -91,6 +91,7 @@ pub(super) fn full(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        on_shared: None,
     };
     let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
     let code = CodePages::of(&tasks(&pids));

@@ -3,7 +3,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
@@ -19,11 +21,13 @@ use super::precopy::{Ahead, Next, merge};
 use super::prepared::Prepared;
 use super::protocol::Frozen;
 use super::report::{Clock, Item, Report, Side, millis};
+use super::shared::Object;
 use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
 use super::tmpfs::Tmpfs;
 use crate::criu::mm_image::Mappings;
+use crate::criu::page_server::{PE_PARENT, page_size};
 use crate::criu::tar::staged::Table;
 use crate::criu::{DumpRequest, ImageKind, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
@@ -102,6 +106,22 @@ pub(super) fn freeze(
     let at = items.now();
     let times = KeptTimes::of(&rootfs);
     let sender = RefCell::new(Sender::new(cx.link));
+    let listed = RefCell::new(Listed::default());
+    let (objects, concealed) = mpsc::channel();
+    let objects = Cell::new(Some(objects));
+    let mut on_shared = |file: File| {
+        let space = listed.borrow().open.context("shared memory outside of an image")?;
+        let object = Object::new(space, file)?;
+        for run in object.pages.iter() {
+            let (vaddr, pages) = (run.start, (run.end - run.start) / page_size() as u64);
+            sender.borrow_mut().pages(PageEvent::Hole { vaddr, pages, flags: PE_PARENT })?;
+        }
+        let to = objects.take().context("shared memory after the dump")?;
+        // whoever takes them has failed if they cannot be sent, and says why
+        to.send(object).ok();
+        objects.set(Some(to));
+        Ok(())
+    };
     let layer_at = Cell::new((0.0, 0.0));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
@@ -117,12 +137,12 @@ pub(super) fn freeze(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        on_shared: Some(&mut on_shared),
     };
     let code = CodePages::of(&tasks);
-    let mut listed = Listed::default();
     // before CRIU's tar can ask for it
     let table = tmpfs.is_some().then(|| Table::create(&tools)).transpose()?;
-    let (dumped, copied, staged) = thread::scope(|scope| {
+    let (dumped, copied, staged, compared) = thread::scope(|scope| {
         let found = &found;
         let copier = &mut **copier;
         let (abort, link) = (cx.abort, cx.link);
@@ -143,18 +163,41 @@ pub(super) fn freeze(
             let copied = if post_copy { Ok(Copied::default()) } else { copier.send(found, link, &go_on) };
             (copied, millis(begun - since), millis(begun.elapsed()))
         });
+        let compared = {
+            let shared = &shared;
+            scope.spawn(move || {
+                let (mut from, mut ms) = (None, 0.0);
+                for object in concealed {
+                    let begun = Instant::now();
+                    from = from.or(Some(millis(begun - since)));
+                    if let Err(e) = shared.compare(&object, link, &|| abort.go_on()) {
+                        return (Err(e), from, ms);
+                    }
+                    ms += millis(begun.elapsed());
+                }
+                (Ok(()), from, ms)
+            })
+        };
         let dumped = worker.dump(&mut request, &mut |event| {
-            listed.note(&event);
+            listed.borrow_mut().note(&event);
+            let open = listed.borrow().open;
             let mut send = |event: PageEvent<'_>| sender.borrow_mut().pages(event);
-            code.mend(listed.open, event, &mut |event| shared.filter(listed.open, event, &mut send))?;
+            code.mend(open, event, &mut |event| shared.filter(open, event, &mut send))?;
             cx.go_on()
         });
-        (dumped, pages.join(), staged.map(|staged| staged.join()))
+        // no more will come
+        objects.take();
+        (dumped, pages.join(), staged.map(|staged| staged.join()), compared.join())
     });
     drop(times);
     items.until_now("CRIU dump", at);
     let (copied, from, took) = copied.map_err(|_| anyhow!("the thread that copies pages panicked"))?;
     items.add("final pages", from, took);
+    let (compared, from, took) =
+        compared.map_err(|_| anyhow!("the thread that compares shared memory panicked"))?;
+    if let Some(from) = from {
+        items.add("shared memory", from, took);
+    }
     let mut tmpfs_sent = Ok(0);
     if let Some(staged) = staged {
         let (sent, from, took) = staged.map_err(|_| anyhow!("the thread that copies files panicked"))?;
@@ -169,9 +212,10 @@ pub(super) fn freeze(
     let streamed = dumped.and_then(|_| {
         copied?;
         sender.tmpfs_sent(tmpfs_sent.context("copying tmpfs files")?);
+        compared?;
         phase("late pages");
         let at = items.now();
-        for (space, pages) in listed.spaces {
+        for (space, pages) in listed.into_inner().spaces {
             let mut late = copier.unsent(space, &pages);
             if post_copy && space.kind == ImageKind::Pid {
                 let needed = needed_at_restore(&images, space.id)?;

@@ -88,8 +88,12 @@ pub(super) fn run(
     cx.link.flush()?;
     let program = std::env::current_exe().context("this executable")?;
     let tools = criu::tar::tools(&prepared.work(), &program).context("CRIU's tools")?;
-    let how =
-        Worker { memory: MemoryMode::Parent, netns: Some(prepared.netns.as_fd()), path_first: Some(&tools) };
+    let how = Worker {
+        memory: MemoryMode::Parent,
+        netns: Some(prepared.netns.as_fd()),
+        path_first: Some(&tools),
+        conceal: true,
+    };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
     if !post_copy {

@@ -92,6 +92,8 @@ pub mod items {
     pub const LATE_PAGES: &str = "late pages";
     /// The rest of the writable layer.
     pub const LAYER: &str = "layer";
+    /// Shared memory is compared with what the destination has.
+    pub const SHARED: &str = "shared memory";
     /// What changed last in tmpfs files.
     pub const TMPFS: &str = "tmpfs";
     /// CRIU's images.

@@ -131,6 +131,17 @@ fn scan_span(
     Ok(all)
 }
 
+/// Where a file of this size has data, in whole blocks, ascending; neighbours may touch.
+pub fn data(file: &File, size: u64, block: u64) -> Result<Vec<std::ops::Range<u64>>> {
+    let (mut all, mut at) = (Vec::new(), 0);
+    while let Some((from, to)) = sys::next_data(file.as_fd(), at, size).context("looking for holes")? {
+        let end = to.next_multiple_of(block);
+        all.push((from / block * block).max(at)..end);
+        at = end;
+    }
+    Ok(all)
+}
+
 /// Fills the buffer as far as the file goes.
 fn read(file: &File, buffer: &mut [u8], at: u64) -> Result<usize> {
     let mut got = 0;
@@ -145,7 +156,8 @@ fn read(file: &File, buffer: &mut [u8], at: u64) -> Result<usize> {
     Ok(got)
 }
 
-fn hash(block: &[u8], seed: u64) -> Hash {
+/// The hash of a block.
+pub fn hash(block: &[u8], seed: u64) -> Hash {
     if is_zero(block) {
         return ZERO;
     }

@@ -369,8 +369,12 @@ impl Bed {
             true => Some(File::open(format!("/proc/{}/ns/net", from.pid))?),
             false => None,
         };
-        let worker =
-            Worker { memory: mode, netns: inside.as_ref().map(|f| f.as_fd()), path_first: tools.as_deref() };
+        let worker = Worker {
+            memory: mode,
+            netns: inside.as_ref().map(|f| f.as_fd()),
+            path_first: tools.as_deref(),
+            ..Worker::default()
+        };
         let ready = self.criu.prepare_dump(&worker)?;
         let frozen_at = Instant::now();
         ensure!(!freezer.freeze(SOON)?, "was frozen before");
@@ -399,6 +403,7 @@ impl Bed {
                     post_dump = true;
                     Ok(())
                 }),
+                on_shared: None,
             },
             &mut |event| match &mut sink {
                 Sink::Store(store) => store.event(event),
@@ -507,6 +512,7 @@ impl Bed {
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
+                on_shared: None,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {
