@@ -12,11 +12,12 @@
 //! What the images mean is CRIU's business, where pages and files go the caller's.
 //!
 //! With [`MemoryMode::Parent`] CRIU does not touch memory: it is told that there are parent images which have every clean page, and that
-//! no page is dirty. What it then reports is the list of pages that belong to the container; their content is the caller's.
+//! no page is dirty. With [`Worker::conceal`] it finds no page in shared memory either. What it then reports is the list of pages that belong to the container; their content is the caller's.
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,7 @@ use anyhow::{Context, Error, Result, anyhow, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::conceal::Questions;
 use super::kdat::MountPoint;
 use super::page_server::{PageServer, PageSink};
 use super::parent::Parent;
@@ -54,6 +56,10 @@ pub struct DumpRequest<'a> {
     pub on_post_dump: Option<&'a mut dyn FnMut() -> Result<()>>,
     /// With [`MemoryMode::Parent`], where CRIU lists pages.
     pub listing: Listing<'a>,
+    /// Called with each object of shared memory whose pages CRIU does not see ([`Worker::conceal`]), after the
+    /// [`PageEvent::Open`](super::PageEvent::Open) of its image: its pages are the caller's. An error makes the dump fail. Without it
+    /// CRIU sees them, as it has to where it lists pages in files: there is no such event in time.
+    pub on_shared: Option<&'a mut dyn FnMut(File) -> Result<()>>,
 }
 
 /// Where CRIU lists the pages of a dump that leaves memory alone.
@@ -89,6 +95,9 @@ pub struct Worker<'a> {
     pub netns: Option<BorrowedFd<'a>>,
     /// Directory to put first in CRIU's PATH.
     pub path_first: Option<&'a Path>,
+    /// Have CRIU leave shared memory to [`DumpRequest::on_shared`], where the kernel helps with that; else it comes with its
+    /// bytes as in any mode.
+    pub conceal: bool,
 }
 
 /// A CRIU that waits to be told what to dump. Dropping it ends it.
@@ -99,6 +108,7 @@ pub struct PreparedDump {
     /// The number of the page socket in the worker.
     pages_fd: i32,
     memory: Memory,
+    questions: Option<Questions>,
 }
 
 /// What a worker of [`MemoryMode::Parent`] stands on.
@@ -156,19 +166,33 @@ impl Criu {
                 }
             }
         };
-        let spawn = Spawn {
-            keep: vec![theirs.as_fd()],
-            netns: how.netns,
-            path_first: how.path_first,
-            run: match &memory {
-                Memory::Kdat(copy, _) => Run::Kdat(copy.path()),
-                _ => Run::Shared,
-            },
-            ..Spawn::default()
+        let (ours, asked) = UnixStream::pair().context("making a socket pair for CRIU's questions")?;
+        let spawn = |conceal: bool| {
+            let spawn = Spawn {
+                keep: vec![theirs.as_fd()],
+                netns: how.netns,
+                path_first: how.path_first,
+                run: match &memory {
+                    Memory::Kdat(copy, _) => Run::Kdat(copy.path()),
+                    _ => Run::Shared,
+                },
+                questions: conceal.then_some(asked.as_fd()),
+                ..Spawn::default()
+            };
+            Swrk::spawn(&self.path, &spawn)
         };
-        let worker = Swrk::spawn(&self.path, &spawn)?;
+        let concealed = how.conceal.then(|| Ok((spawn(true)?, Questions::take(ours.as_fd())?)));
+        let (worker, questions) = match concealed {
+            Some(Ok((worker, questions))) => (worker, Some(questions)),
+            None => (spawn(false)?, None),
+            Some(Err(e)) => {
+                let e: Error = e;
+                ::log::info!("CRIU hands over all shared memory: {e:#}");
+                (spawn(false)?, None)
+            }
+        };
         let pages_fd = theirs.as_raw_fd();
-        Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory })
+        Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory, questions })
     }
 
     /// Starts CRIU and dumps everything: see [`PreparedDump::dump`].
@@ -191,7 +215,7 @@ impl PreparedDump {
     /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
     pub fn dump(self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
         let begun = Instant::now();
-        let Self { criu, worker, mut pages, pages_fd, memory } = self;
+        let Self { criu, worker, mut pages, pages_fd, memory, mut questions } = self;
         super::stdio::write(request.images_dir, request.descriptors)?;
         let open = |dir: &Path| File::open(dir).with_context(|| format!("opening {}", dir.display()));
         let (images, work) = (open(request.images_dir)?, open(request.work_dir)?);
@@ -239,10 +263,26 @@ impl PreparedDump {
         let mut in_post_dump = Duration::ZERO;
         let mut list = tasks.map(|_| request.images_dir);
         let answer = loop {
-            let (rpc_ready, pages_ready) = wait(&worker, &pages)?;
+            let Ready { rpc: rpc_ready, pages: pages_ready, asks, silent } =
+                wait(&worker, &pages, questions.as_ref())?;
+            // its pages first: a question about an image comes after the image has begun
             if pages_ready {
                 pages.serve(&mut timed_sink);
                 continue;
+            }
+            if let Some(asked) = questions.as_ref().filter(|_| asks) {
+                let object = asked.answer(request.on_shared.is_some());
+                let taken = object.and_then(|object| match (object, request.on_shared.as_mut()) {
+                    (Some(object), Some(hook)) => hook(object),
+                    _ => Ok(()),
+                });
+                if let Err(e) = taken {
+                    pages.fail(e);
+                }
+                continue;
+            }
+            if silent {
+                questions = None;
             }
             if !rpc_ready {
                 pages.idle(&mut timed_sink);
@@ -341,16 +381,38 @@ fn forget_writes(opts: &CriuOpts) -> Result<()> {
     Ok(())
 }
 
-/// Waits for either socket; pages that CRIU will send no more are not waited for.
-fn wait(worker: &Swrk, pages: &PageServer) -> Result<(bool, bool)> {
+/// What there is to do.
+#[derive(Default)]
+struct Ready {
+    rpc: bool,
+    pages: bool,
+    /// CRIU waits for an answer.
+    asks: bool,
+    /// Nobody is left to ask.
+    silent: bool,
+}
+
+/// Waits for any of them; pages that CRIU will send no more are not waited for.
+fn wait(worker: &Swrk, pages: &PageServer, questions: Option<&Questions>) -> Result<Ready> {
     let mut fds = vec![PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
-    if !pages.ended() {
+    let pages = (!pages.ended()).then(|| {
         fds.push(PollFd::new(pages.as_fd(), PollFlags::POLLIN));
-    }
+        fds.len() - 1
+    });
+    let questions = questions.map(|questions| {
+        fds.push(PollFd::new(questions.as_fd(), PollFlags::POLLIN));
+        fds.len() - 1
+    });
     match poll(&mut fds, PollTimeout::from(IDLE_MS)) {
-        Err(Errno::EINTR) => return Ok((false, false)),
+        Err(Errno::EINTR) => return Ok(Ready::default()),
         other => other.context("waiting for CRIU")?,
     };
-    let ready = |i: usize| fds.get(i).is_some_and(|f| f.any().unwrap_or(false));
-    Ok((ready(0), ready(1)))
+    let events = |i: usize| fds[i].revents().unwrap_or(PollFlags::empty());
+    let asks = questions.is_some_and(|i| events(i).contains(PollFlags::POLLIN));
+    Ok(Ready {
+        rpc: !events(0).is_empty(),
+        pages: pages.is_some_and(|i| !events(i).is_empty()),
+        asks,
+        silent: !asks && questions.is_some_and(|i| !events(i).is_empty()),
+    })
 }

@@ -385,7 +385,8 @@ impl PageServer {
         }
     }
 
-    fn fail(&mut self, e: Error) {
+    /// Something went wrong beside: the rest is drained, and CRIU told at its end.
+    pub fn fail(&mut self, e: Error) {
         self.failed.get_or_insert(e);
     }
 

@@ -153,6 +153,7 @@ fn dump_subject(prepared: PreparedDump, pid: i32, dir: &Path, sink: &mut PageSin
         descriptors: &Default::default(),
         on_post_dump: None,
         listing: Listing::Written(&[u64::from(pid.unsigned_abs())]),
+        on_shared: None,
     };
     prepared.dump(&mut request, sink).map(drop)
 }

@@ -38,6 +38,8 @@ pub struct Spawn<'a> {
     pub path_first: Option<&'a Path>,
     /// What the worker sees in `/run`.
     pub run: Run<'a>,
+    /// Where [`super::conceal`] is to send the worker's questions.
+    pub questions: Option<BorrowedFd<'a>>,
     /// More environment.
     pub env: Vec<(&'a str, &'a str)>,
 }
@@ -70,6 +72,7 @@ impl Swrk {
         let mut inherit: Vec<RawFd> = how.keep.iter().map(AsRawFd::as_raw_fd).collect();
         inherit.push(theirs.as_raw_fd());
         let netns = how.netns.map(|fd| fd.as_raw_fd());
+        let questions = how.questions.map(|fd| fd.as_raw_fd());
         let cgroups: Vec<RawFd> = how.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
 
         let mut command = Command::new(criu);
@@ -91,7 +94,7 @@ impl Swrk {
                 CString::new(file.as_os_str().as_bytes()).context("a path with a zero byte")?,
             )),
         };
-        // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare and mount, on
+        // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare, mount, seccomp and sendmsg, on
         // numbers and strings that were prepared above; nothing allocates.
         unsafe {
             command.pre_exec(move || {
@@ -106,6 +109,9 @@ impl Swrk {
                 }
                 if let Some(over) = &over_run {
                     over.mount()?;
+                }
+                if let Some(socket) = questions {
+                    super::conceal::install(socket)?;
                 }
                 Ok(())
             });

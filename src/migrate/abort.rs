@@ -3,6 +3,8 @@
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use anyhow::{Result, ensure};
+
 /// A handle that the thread of the migration and those who may end it share.
 #[derive(Clone, Default)]
 pub struct Abort(Arc<Mutex<State>>);
@@ -43,6 +45,12 @@ impl Abort {
         self.state().asked
     }
 
+    /// An error if somebody asked.
+    pub fn go_on(&self) -> Result<()> {
+        ensure!(!self.asked(), "the migration was given up by request");
+        Ok(())
+    }
+
     /// From here on nobody can ask; false if somebody did before.
     pub fn commit(&self) -> bool {
         let mut s = self.state();
@@ -58,7 +66,7 @@ mod tests {
     #[test]
     fn an_abort_comes_before_the_commit_or_not_at_all() {
         let (a, b) = (Abort::default(), Abort::default());
-        assert!(a.ask() && a.asked() && !a.commit());
+        assert!(a.go_on().is_ok() && a.ask() && a.asked() && a.go_on().is_err() && !a.commit());
         assert!(b.commit() && !b.ask() && !b.asked() && b.commit());
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::codec::Kind;
-use super::protocol::{Final, Manifest, OLDEST, VERSION};
+use super::protocol::{FORMAT, Final, Manifest, OLDEST};
 use super::stream::Counter;
 use super::wire::{Transport, Wire};
 
@@ -59,9 +59,9 @@ pub fn open(file: &mut File) -> Result<Manifest> {
     let mut wire = resume(file.try_clone()?);
     ensure!(wire.recv()? == Kind::Manifest, "the checkpoint file does not begin with its manifest");
     let manifest: Manifest = wire.message()?;
-    if !(OLDEST..=VERSION).contains(&manifest.version) {
+    if !(OLDEST..=FORMAT).contains(&manifest.version) {
         bail!(
-            "the checkpoint file has format {}, this transship reads {OLDEST} to {VERSION}",
+            "the checkpoint file has format {}, this transship reads {OLDEST} to {FORMAT}",
             manifest.version
         );
     }
@@ -110,7 +110,7 @@ mod tests {
     fn sample() -> Vec<u8> {
         let mut file = tempfile::tempfile().unwrap();
         let mut w = create(file.try_clone().unwrap()).unwrap();
-        w.json(Kind::Manifest, &Manifest { version: VERSION, ..Manifest::default() }).unwrap();
+        w.json(Kind::Manifest, &Manifest { version: FORMAT, ..Manifest::default() }).unwrap();
         w.json(Kind::File, &FileHeader { name: "core-1.img".into(), size: 5 }).unwrap();
         w.frame(Kind::FileData, &[b"hello"]).unwrap();
         w.json(Kind::Final, &Final { files: 1, file_bytes: 5, ..Final::default() }).unwrap();

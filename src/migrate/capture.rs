@@ -22,7 +22,7 @@ use crate::criu::{self, DumpRequest, Listing, PageEvent};
 use crate::memory::Space;
 use crate::memory::tracker::tasks;
 use crate::rootfs::KeptTimes;
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 /// What a capture needs besides the container.
 pub(super) struct Context<'a> {
@@ -47,7 +47,7 @@ impl Context<'_> {
 
     /// An error if somebody asked to give up.
     pub fn go_on(&self) -> Result<()> {
-        if self.abort.asked() { bail!("the migration was given up by request") } else { Ok(()) }
+        self.abort.go_on()
     }
 }
 
@@ -62,7 +62,7 @@ pub(super) fn full(
     clock: &mut Clock,
 ) -> Result<(Still, Report)> {
     let (images, work) = (prepared.images(), prepared.work());
-    let Prepared { criu, freezer, netns, dir, layer, rootfs, opts, descriptors } = prepared;
+    let Prepared { criu, freezer, netns, dir, layer, rootfs, opts, descriptors, .. } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| cx.phase(&clock, name);
     cx.go_on()?;
@@ -92,6 +92,7 @@ pub(super) fn full(
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
         listing: Listing::Sent,
+        on_shared: None,
     };
     let pids: Vec<i32> = still.freezer().pids().unwrap_or_default().into_iter().collect();
     let code = CodePages::of(&tasks(&pids));

@@ -75,6 +75,8 @@ pub enum Kind {
     RemotePages = 33,
     /// Raw, in the same form: what of one space was written or used last, and is best restored eagerly.
     HotPages = 34,
+    /// Raw: content of a tmpfs file, copied ahead ([`super::tmpfs`]); protocol 3.
+    Staged = 35,
     /// JSON: stdio that was queued at the freeze (opaque to this crate, the shim's `Carry`).
     Stdio = 40,
     /// JSON [`super::protocol::Final`]: everything was sent.
@@ -93,7 +95,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, for decoding and for tests.
-    pub const ALL: [Kind; 28] = [
+    pub const ALL: [Kind; 29] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Manifest,
@@ -115,6 +117,7 @@ impl Kind {
         Kind::LayerEnd,
         Kind::RemotePages,
         Kind::HotPages,
+        Kind::Staged,
         Kind::Stdio,
         Kind::Final,
         Kind::Restored,
@@ -133,7 +136,7 @@ impl Kind {
     pub const fn cap(self) -> usize {
         match self {
             Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
-            Kind::RemotePages | Kind::HotPages => MAX_DATA,
+            Kind::RemotePages | Kind::HotPages | Kind::Staged => MAX_DATA,
             Kind::Memory => MAX_MEMORY,
             Kind::Stdio => MAX_CONTROL,
             Kind::Manifest => MAX_CONTROL,
@@ -341,7 +344,7 @@ mod tests {
             assert_eq!(Kind::ALL.iter().filter(|o| **o as u16 == k as u16).count(), 1);
         }
         assert_eq!(Kind::from_wire(0), None);
-        let newest = [24, 25, 26, 27, 28, 29, 33, 34].map(|n| Kind::from_wire(n).expect("a kind"));
+        let newest = [24, 25, 26, 27, 28, 29, 33, 34, 35].map(|n| Kind::from_wire(n).expect("a kind"));
         assert!(newest.iter().all(|k| k.cap() <= MAX_MEMORY));
     }
 

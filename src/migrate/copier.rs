@@ -129,6 +129,14 @@ impl Copier {
         self.hurry = on;
     }
 
+    /// Something else has sent as many bytes: waits as the bandwidth limit asks.
+    pub fn pace(&mut self, bytes: u64, go_on: &GoOn<'_>) -> Result<()> {
+        if bytes == 0 || self.hurry {
+            return Ok(());
+        }
+        wait(self.limiter.take(bytes, Instant::now()), go_on)
+    }
+
     /// Lifts what the tracker put on the tasks.
     pub fn stop(&mut self) {
         if let Err(e) = self.tracker.stop() {

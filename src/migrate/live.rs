@@ -3,11 +3,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
 use std::path::Path;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow};
 
 use super::capture::{Context, reason};
 use super::code_pages::CodePages;
@@ -19,10 +21,14 @@ use super::precopy::{Ahead, Next, merge};
 use super::prepared::Prepared;
 use super::protocol::Frozen;
 use super::report::{Clock, Item, Report, Side, millis};
+use super::shared::Object;
 use super::source::SourceTask;
 use super::still::Still;
 use super::stream::Sender;
+use super::tmpfs::Tmpfs;
 use crate::criu::mm_image::Mappings;
+use crate::criu::page_server::{PE_PARENT, page_size};
+use crate::criu::tar::staged::Table;
 use crate::criu::{DumpRequest, ImageKind, Listing, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Source, Task, tasks};
@@ -42,6 +48,14 @@ pub(super) struct Stopped {
     pub left: Left,
 }
 
+/// What has gone ahead, and goes on.
+pub(super) struct Moving<'a> {
+    pub copier: &'a mut Copier,
+    pub layers: &'a mut Layers,
+    /// None where tmpfs files go with CRIU's images.
+    pub tmpfs: Option<&'a mut Tmpfs>,
+}
+
 /// Freezes and sends what is missing; with `post_copy` only what the restore itself needs.
 ///
 /// # Errors
@@ -51,11 +65,11 @@ pub(super) fn freeze(
     task: Box<dyn SourceTask>,
     prepared: Prepared,
     ahead: Ahead,
-    copier: &mut Copier,
-    layers: &mut Layers,
+    moving: &mut Moving<'_>,
     clock: &mut Clock,
 ) -> Result<Stopped> {
-    let Ahead { next, found: unsent, rounds, worker } = ahead;
+    let Ahead { next, found: unsent, rounds, worker, tools } = ahead;
+    let Moving { copier, layers, tmpfs } = moving;
     let post_copy = next == Next::FreezePostCopy;
     let (images, work) = (prepared.images(), prepared.work());
     let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
@@ -84,6 +98,22 @@ pub(super) fn freeze(
     let at = items.now();
     let times = KeptTimes::of(&rootfs);
     let sender = RefCell::new(Sender::new(cx.link));
+    let listed = RefCell::new(Listed::default());
+    let (objects, concealed) = mpsc::channel();
+    let objects = Cell::new(Some(objects));
+    let mut on_shared = |file: File| {
+        let space = listed.borrow().open.context("shared memory outside of an image")?;
+        let object = Object::new(space, file)?;
+        for run in object.pages.iter() {
+            let (vaddr, pages) = (run.start, (run.end - run.start) / page_size() as u64);
+            sender.borrow_mut().pages(PageEvent::Hole { vaddr, pages, flags: PE_PARENT })?;
+        }
+        let to = objects.take().context("shared memory after the dump")?;
+        // whoever takes them has failed if they cannot be sent, and says why
+        to.send(object).ok();
+        objects.set(Some(to));
+        Ok(())
+    };
     let layer_at = Cell::new((0.0, 0.0));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
@@ -100,13 +130,27 @@ pub(super) fn freeze(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        // where pages are listed in files nothing tells whose an object is; only what nobody knew of is concerned
+        on_shared: if listed_in_files { None } else { Some(&mut on_shared) },
         listing: if listed_in_files { Listing::Written(&ids) } else { Listing::Sent },
     };
     let code = CodePages::of(&tasks);
-    let mut listed = Listed::default();
-    let (dumped, last) = thread::scope(|scope| {
-        let copier = &mut *copier;
+    // before CRIU's tar can ask for it
+    let table = tmpfs.is_some().then(|| Table::create(&tools)).transpose()?;
+    let (dumped, last, staged, compared) = thread::scope(|scope| {
+        let copier = &mut **copier;
         let (abort, link, tasks) = (cx.abort, cx.link, &tasks);
+        let staged = tmpfs.as_mut().zip(table).map(|(tmpfs, table)| {
+            let pids = &pids;
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let sent = tmpfs.last(pids, link, &|_| abort.go_on()).and_then(|(sent, all)| {
+                    table.finish(&all)?;
+                    Ok(sent.bytes)
+                });
+                (sent, millis(begun - since), millis(begun.elapsed()))
+            })
+        });
         // Beside CRIU, which takes as long to look at the same tasks. What it maps into them for a while counts as written, and goes
         // nowhere: no image names it.
         let last = scope.spawn(move || -> Result<_> {
@@ -116,22 +160,36 @@ pub(super) fn freeze(
             // CRIU brings it, and its content says what is missing
             found.retain(|f| f.space.kind == ImageKind::Pid);
             let copied = millis(since.elapsed());
-            let go_on = |_| {
-                ensure!(!abort.asked(), "the migration was given up by request");
-                Ok(())
-            };
             if !post_copy {
-                copier.send(&found, link, &go_on)?;
+                copier.send(&found, link, &|_| abort.go_on())?;
             }
             Ok((found, scanned, copied, millis(since.elapsed())))
         });
+        let compared = {
+            let shared = &shared;
+            scope.spawn(move || {
+                let (mut from, mut ms) = (None, 0.0);
+                for object in concealed {
+                    let begun = Instant::now();
+                    from = from.or(Some(millis(begun - since)));
+                    if let Err(e) = shared.compare(&object, link, &|| abort.go_on()) {
+                        return (Err(e), from, ms);
+                    }
+                    ms += millis(begun.elapsed());
+                }
+                (Ok(()), from, ms)
+            })
+        };
         let dumped = worker.dump(&mut request, &mut |event| {
-            listed.note(&event);
+            listed.borrow_mut().note(&event);
+            let open = listed.borrow().open;
             let mut send = |event: PageEvent<'_>| sender.borrow_mut().pages(event);
-            code.mend(listed.open, event, &mut |event| shared.filter(listed.open, event, &mut send))?;
+            code.mend(open, event, &mut |event| shared.filter(open, event, &mut send))?;
             cx.go_on()
         });
-        (dumped, last.join())
+        // no more will come
+        objects.take();
+        (dumped, last.join(), staged.map(|staged| staged.join()), compared.join())
     });
     drop(times);
     items.until_now("CRIU dump", at);
@@ -140,6 +198,17 @@ pub(super) fn freeze(
         items.add("final scan", *scanned, copied - scanned);
         items.add("final pages", *copied, end - copied);
     }
+    let (compared, from, took) =
+        compared.map_err(|_| anyhow!("the thread that compares shared memory panicked"))?;
+    if let Some(from) = from {
+        items.add("shared memory", from, took);
+    }
+    let mut tmpfs_sent = Ok(0);
+    if let Some(staged) = staged {
+        let (sent, from, took) = staged.map_err(|_| anyhow!("the thread that copies files panicked"))?;
+        items.add("tmpfs", from, took);
+        tmpfs_sent = sent;
+    }
     let (layer_from, layer_took) = layer_at.get();
     items.add("layer", layer_from, layer_took);
 
@@ -147,9 +216,11 @@ pub(super) fn freeze(
     let mut left = Left::new();
     let streamed = dumped.and_then(|_| {
         let (found, ..) = last?;
+        sender.tmpfs_sent(tmpfs_sent.context("copying tmpfs files")?);
+        compared?;
         phase("late pages");
         let at = items.now();
-        for (space, pages) in listed.spaces {
+        for (space, pages) in listed.into_inner().spaces {
             let mut late = copier.unsent(space, &pages);
             if post_copy && space.kind == ImageKind::Pid {
                 let needed = needed_at_restore(&images, space.id)?;

@@ -5,13 +5,13 @@
 //!   Hello (version, id, ticket)        ->
 //!                                      <-      Welcome (version chosen)
 //!   Manifest                           ->
-//!   Round, Memory, Layer*              ->      page store, layer applied        the container runs;
+//!   Round, Memory, Layer*, Staged      ->      page store, layer applied        the container runs;
 //!     ... again with what was written since, until the rest is small            again and again
 //!   Prepare                            ->      root mounted, runc restore started, held in front of CRIU
 //!                                      <-      Ready
 //!   FREEZE   cgroup frozen, netns fenced, output drained
 //!   Frozen, PagesHole*                 ->      CRIU's list of the pages that exist
-//!   Memory, Layer, Files, Stdio        ->      what was written last; metadata images
+//!   Memory, Layer, Staged, Files, Stdio ->     what was written last; metadata images
 //!   RemotePages, HotPages, Final       ->      images planned; CRIU restores; tasks complete, held at the gate
 //!                                      <-      Restored | Failed (the source thaws)
 //!   Commit                             ->      fence lifted, gate opened, addresses announced
@@ -20,7 +20,7 @@
 //!   MemoryDone                         <->     MemoryDone (every page is in its place)
 //! ```
 //!
-//! A peer of protocol 1, a CRIU that cannot leave memory alone, and a checkpoint file get everything in one copy in the freeze.
+//! With a peer of protocol 2 tmpfs files come in the freeze, among CRIU's images. A peer of protocol 1, a CRIU that cannot leave memory alone, and a checkpoint file get everything in one copy in the freeze.
 //!
 //! The guarantee: before `Commit` is sent every failure leaves the source running as before; after it the source
 //! never runs again unless the destination has said that it aborted, or has killed what it could not complete.
@@ -35,7 +35,7 @@
 //! | [`prepared`] | what the source finds out before the freeze |
 //! | [`precopy`] | rounds while the container runs |
 //! | [`copier`] | memory asked for, read and sent; what the destination has |
-//! | [`layers`] | the writable layer, in rounds |
+//! | [`layers`], [`tmpfs`] | the writable layer and the content of tmpfs files, in rounds |
 //! | [`still`] | tasks that stand still, and how they are let go |
 //! | [`capture`] | the freeze with one copy of everything |
 //! | [`live`] | the freeze of a live migration |
@@ -79,5 +79,6 @@ pub mod source;
 mod still;
 pub mod stream;
 mod tls_io;
+mod tmpfs;
 pub mod tuning;
 pub mod wire;

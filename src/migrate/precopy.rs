@@ -3,6 +3,8 @@
 
 use std::cell::Cell;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -15,6 +17,7 @@ use super::layers::Layers;
 use super::prepared::Prepared;
 use super::protocol::{self, Prepare, Ready};
 use super::report::{Clock, Round, millis};
+use super::tmpfs::{self, Tmpfs};
 use crate::control::Event;
 use crate::criu::dump::{PreparedDump, Worker};
 use crate::criu::page_server::page_size;
@@ -40,6 +43,8 @@ pub(super) struct Ahead {
     pub rounds: Vec<Round>,
     /// A CRIU that only waits for the freeze.
     pub worker: PreparedDump,
+    /// Its tools.
+    pub tools: PathBuf,
 }
 
 /// Copies in rounds, has the destination make itself ready, and catches up with what was written meanwhile.
@@ -51,13 +56,14 @@ pub(super) fn run(
     prepared: &Prepared,
     copier: &mut Copier,
     layers: &mut Layers,
+    tmpfs: Option<&mut Tmpfs>,
     clock: &mut Clock,
 ) -> Result<Ahead> {
     let tuning = &cx.options.tuning;
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
     let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
-    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new() };
+    let mut rounds = Rounds { cx, prepared, copier, layers, tmpfs, all: Vec::new(), stats: Vec::new() };
     let mut decision = converge::decide(&[], &budget, None);
     let mut found = Vec::new();
     if decision == Decision::Another {
@@ -75,14 +81,19 @@ pub(super) fn run(
         // the destination mounts it now
         let pids = rounds.pids()?;
         rounds.layers.round(&pids, cx.link)?;
+        rounds.tmpfs(&pids)?;
     }
     cx.begin(clock, "prepare the destination");
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
     let tools = criu::tar::tools(&prepared.work(), &program::gate()?).context("CRIU's tools")?;
-    let how =
-        Worker { memory: MemoryMode::Parent, netns: Some(prepared.netns.as_fd()), path_first: Some(&tools) };
+    let how = Worker {
+        memory: MemoryMode::Parent,
+        netns: Some(prepared.netns.as_fd()),
+        path_first: Some(&tools),
+        conceal: true,
+    };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
     if !post_copy {
@@ -95,7 +106,7 @@ pub(super) fn run(
             }
         }
     }
-    Ok(Ahead { next, found, rounds: rounds.all, worker })
+    Ok(Ahead { next, found, rounds: rounds.all, worker, tools })
 }
 
 /// Two looks as one: what either has found is still to be sent.
@@ -114,6 +125,7 @@ struct Rounds<'a> {
     prepared: &'a Prepared,
     copier: &'a mut Copier,
     layers: &'a mut Layers,
+    tmpfs: Option<&'a mut Tmpfs>,
     all: Vec<Round>,
     stats: Vec<RoundStats>,
 }
@@ -125,6 +137,15 @@ impl Rounds<'_> {
 
     fn look(&mut self) -> Result<Vec<Found>> {
         self.copier.look(&tracker::tasks(&self.pids()?), false)
+    }
+
+    fn tmpfs(&mut self, pids: &[i32]) -> Result<tmpfs::Sent> {
+        let Some(tmpfs) = &mut self.tmpfs else { return Ok(tmpfs::Sent::default()) };
+        let (cx, copier) = (self.cx, Mutex::new(&mut *self.copier));
+        tmpfs.round(pids, cx.link, &|bytes| {
+            cx.abort.go_on()?;
+            copier.lock().unwrap_or_else(PoisonError::into_inner).pace(bytes, &|_| cx.abort.go_on())
+        })
     }
 
     /// Sends what was found, and looks what was written meanwhile.
@@ -146,7 +167,9 @@ impl Rounds<'_> {
             }
             cx.go_on()
         })?;
-        let layer = self.layers.round(&self.pids()?, cx.link)?;
+        let pids = self.pids()?;
+        let layer = self.layers.round(&pids, cx.link)?;
+        let tmpfs = self.tmpfs(&pids)?;
         cx.link.flush()?;
         let next = self.look()?;
         let took = begun.elapsed();
@@ -171,6 +194,7 @@ impl Rounds<'_> {
             dirty_rate: stats.dirty_rate() as u64,
             layer_bytes: layer.bytes,
             layer_entries: layer.entries,
+            tmpfs_bytes: tmpfs.bytes,
         };
         (cx.events)(Event::RoundDone { round: round.clone() });
         self.all.push(round);

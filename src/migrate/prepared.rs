@@ -1,16 +1,18 @@
 //! What the source finds out before the freeze: CRIU, cgroup, namespaces, options of the dump, a directory for its images.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
+use oci_spec::runtime::LinuxNamespaceType;
 use serde_json::Value;
 
-use super::protocol::{Manifest, VERSION};
+use super::protocol::{FORMAT, Manifest};
 use super::source::{Options, SourceTask};
 use crate::cgroup::Freezer;
 use crate::control::RUN_DIR;
-use crate::criu::options::{Facts, dump_options};
+use crate::criu::options::{Facts, dump_options, namespace};
 use crate::criu::{self, Criu};
 use crate::net;
 use crate::rootfs::WritableLayer;
@@ -30,6 +32,10 @@ pub(super) struct Prepared {
     pub rootfs: PathBuf,
     pub opts: criu::rpc::CriuOpts,
     pub descriptors: [String; 3],
+    /// The init's pid.
+    pub init: i32,
+    /// The container has a user namespace of its own.
+    pub userns: bool,
 }
 
 impl Prepared {
@@ -62,18 +68,25 @@ impl Prepared {
             rootfs: task.rootfs(),
             opts,
             descriptors,
+            init: pid,
+            userns: namespace(&spec, LinuxNamespaceType::User).is_some(),
         })
     }
 
     /// What the destination is told first; `container` is the agents' part of a checkpoint file.
     pub fn manifest(&self, task: &dyn SourceTask, container: Value) -> Manifest {
         Manifest {
-            version: VERSION,
+            version: FORMAT,
             criu: self.criu.version.to_string(),
             stdio: task.stdio_kinds(),
             container,
             ..Manifest::default()
         }
+    }
+
+    /// Mounts that are not the container's own: the restore finds them on the destination.
+    pub fn external_mounts(&self) -> HashSet<String> {
+        self.opts.ext_mnt.iter().map(|m| m.key.clone()).collect()
     }
 
     /// Where CRIU's images go.

@@ -6,9 +6,13 @@
 use serde::{Deserialize, Serialize};
 
 /// The newest protocol that this build speaks.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The first protocol in which memory travels while the container runs.
 pub const LIVE: u32 = 2;
+/// The first one in which the content of tmpfs files does so as well.
+pub const TMPFS: u32 = 3;
+/// The format of a checkpoint file: the newest protocol that changed what is in one.
+pub const FORMAT: u32 = 2;
 /// The oldest protocol that this build still speaks.
 pub const OLDEST: u32 = 1;
 /// ALPN of a connection between two shims.
@@ -164,6 +168,9 @@ pub struct Final {
     pub layer_entries: u64,
     /// Bytes of the writable layer's content.
     pub layer_bytes: u64,
+    /// Bytes of content of tmpfs files.
+    #[serde(default)]
+    pub tmpfs_bytes: u64,
 }
 
 /// The tasks exist on the destination, complete, and have not run.
@@ -240,6 +247,18 @@ mod tests {
         assert_eq!(select((1, 1), (1, 1)), Ok(1));
         let e = select((1, 1), (2, 3)).unwrap_err();
         assert!(e.contains("speaks 1 to 1") && e.contains("2 to 3"), "{e}");
+    }
+
+    #[test]
+    fn what_an_older_peer_does_not_know_is_not_asked_of_it() {
+        assert_eq!(select((OLDEST, VERSION), (1, 2)), Ok(2));
+        // its counts are ours when nothing was sent that it does not count
+        let theirs: Final = serde_json::from_str(
+            r#"{"files":1,"file_bytes":2,"pages":3,"page_bytes":4,"layer_entries":5,"layer_bytes":6}"#,
+        )
+        .unwrap();
+        let ours = Final { files: 1, file_bytes: 2, pages: 3, page_bytes: 4, layer_entries: 5, ..theirs };
+        assert_eq!(ours.tmpfs_bytes, 0);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Round {
     pub layer_bytes: u64,
     /// Entries of the writable layer.
     pub layer_entries: u64,
+    /// Bytes of content of tmpfs files.
+    pub tmpfs_bytes: u64,
 }
 
 /// Which node.
@@ -90,6 +92,10 @@ pub mod items {
     pub const LATE_PAGES: &str = "late pages";
     /// The rest of the writable layer.
     pub const LAYER: &str = "layer";
+    /// Shared memory is compared with what the destination has.
+    pub const SHARED: &str = "shared memory";
+    /// What changed last in tmpfs files.
+    pub const TMPFS: &str = "tmpfs";
     /// CRIU's images.
     pub const FILES: &str = "files";
     /// Bytes under way that neither side works on meanwhile.

@@ -1,19 +1,47 @@
-//! Shared memory in the freeze. CRIU reads all of it, whatever we say, and hands it over; what the destination has already is not
-//! sent again. Whether it has, the content itself tells: a mapping that came and went between two rounds leaves no trace in any
-//! tracker.
+//! Shared memory in the freeze. What the destination has already is not sent again; whether it has, the content itself tells: a
+//! mapping that came and went between two rounds leaves no trace in any tracker.
+//!
+//! Where CRIU does not see shared memory ([`crate::criu::Worker::conceal`]) we read it, all of it, by several threads, while CRIU
+//! dumps the rest ([`Sent::compare`]). Otherwise CRIU reads it and hands it over, and what is known becomes holes ([`Sent::filter`]).
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
-use anyhow::Result;
-use xxhash_rust::xxh3::xxh3_64;
+use anyhow::{Context, Result};
 
+use super::codec::Kind;
+use super::link::Link;
 use crate::criu::page_server::{PE_PARENT, PE_PRESENT, page_size};
 use crate::criu::{ImageKind, PageEvent};
-use crate::memory::Space;
+use crate::memory::batch::{Builder, MAX_BATCH};
+use crate::memory::read::Chunk;
+use crate::memory::{RangeSet, Space};
+use crate::rootfs::content::{self, Hash, How, ZERO};
+
+/// For the hashes of pages. No secret: who could choose pages that are alike would only harm himself.
+const SEED: u64 = 0x7472_616e_7373_6869;
 
 /// Hashes of the pages that the destination has, by space and offset.
 #[derive(Debug, Default)]
-pub(super) struct Sent(HashMap<Space, HashMap<u64, u64>>);
+pub(super) struct Sent(HashMap<Space, HashMap<u64, Hash>>);
+
+/// An object of shared memory that CRIU has not seen.
+pub(super) struct Object {
+    pub space: Space,
+    file: File,
+    size: u64,
+    /// Pages that have data.
+    pub pages: RangeSet,
+}
+
+impl Object {
+    pub fn new(space: Space, file: File) -> Result<Object> {
+        let size = file.metadata().context("looking at shared memory")?.len();
+        let pages = content::data(&file, size, page_size() as u64)?.into_iter().collect();
+        Ok(Object { space, file, size, pages })
+    }
+}
 
 impl Sent {
     /// These pages were sent.
@@ -21,19 +49,59 @@ impl Sent {
         let page = page_size();
         let pages = self.0.entry(space).or_default();
         for (n, bytes) in bytes.chunks_exact(page).enumerate() {
-            pages.insert(offset + (n * page) as u64, xxh3_64(bytes));
+            pages.insert(offset + (n * page) as u64, content::hash(bytes, SEED));
         }
     }
 
     /// So many bytes of zeros were sent.
     pub fn note_zero(&mut self, space: Space, offset: u64, len: u64) {
-        let zero = vec![0; page_size()];
-        (offset..offset + len).step_by(page_size()).for_each(|at| self.note(space, at, &zero));
+        let pages = self.0.entry(space).or_default();
+        pages.extend((offset..offset + len).step_by(page_size()).map(|at| (at, ZERO)));
     }
 
     /// Does the destination have this page?
-    fn has(&self, space: Space, offset: u64, bytes: &[u8]) -> bool {
-        self.0.get(&space).and_then(|pages| pages.get(&offset)).is_some_and(|sum| *sum == xxh3_64(bytes))
+    fn has(&self, space: Space, offset: u64, hash: Hash) -> bool {
+        self.0.get(&space).and_then(|pages| pages.get(&offset)).is_some_and(|sum| *sum == hash)
+    }
+
+    /// Reads an object of frozen tasks and sends what the destination does not have. Returns the bytes sent.
+    pub fn compare(
+        &self,
+        object: &Object,
+        link: &Link,
+        go_on: &(dyn Fn() -> Result<()> + Sync),
+    ) -> Result<u64> {
+        let (page, space) = (page_size(), object.space);
+        let sent = std::sync::atomic::AtomicU64::new(0);
+        let send = |at: u64, bytes: &[u8], hashes: &[Hash]| -> Result<()> {
+            go_on()?;
+            let mut builder = Builder::new(space, MAX_BATCH);
+            for (n, run) in hashes.iter().zip(bytes.chunks(page)).enumerate() {
+                let (hash, bytes) = run;
+                let vaddr = at + (n * page) as u64;
+                if self.has(space, vaddr, *hash) {
+                    continue;
+                }
+                let full = match *hash {
+                    ZERO => builder.push(Chunk::Zero { vaddr, len: page as u64 }),
+                    _ => builder.push(Chunk::Data { vaddr, bytes }),
+                };
+                sent.fetch_add(page as u64, std::sync::atomic::Ordering::Relaxed);
+                full.map_or(Ok(()), |payload| link.frame(Kind::Memory, &[&payload]))?;
+            }
+            builder.finish().map_or(Ok(()), |payload| link.frame(Kind::Memory, &[&payload]))
+        };
+        // whole pages; what the last one lacks is zeros
+        let whole = object.size / page as u64 * page as u64;
+        let how = How { size: whole, block: page as u64, seed: SEED, threads: content::all_threads() };
+        content::scan(&object.file, &how, &send).context("reading shared memory")?;
+        if whole < object.size {
+            let mut last = vec![0; page];
+            let cut = (object.size - whole) as usize;
+            object.file.read_exact_at(&mut last[..cut], whole).context("reading shared memory")?;
+            send(whole, &last, &[content::hash(&last, SEED)])?;
+        }
+        Ok(sent.into_inner())
     }
 
     /// Passes CRIU's event on, with what the destination has as holes.
@@ -50,11 +118,15 @@ impl Sent {
             }
             (_, event) => return to(event),
         };
-        let known = |n: usize| self.has(space, vaddr + (n * page) as u64, &bytes[n * page..(n + 1) * page]);
-        let (pages, mut from) = (bytes.len() / page, 0);
+        let known = |n: usize| {
+            let hash = content::hash(&bytes[n * page..(n + 1) * page], SEED);
+            self.has(space, vaddr + (n * page) as u64, hash)
+        };
+        let known: Vec<bool> = (0..bytes.len() / page).map(known).collect();
+        let (pages, mut from) = (known.len(), 0);
         while from < pages {
-            let there = known(from);
-            let until = (from + 1..pages).find(|n| known(*n) != there).unwrap_or(pages);
+            let there = known[from];
+            let until = (from + 1..pages).find(|n| known[*n] != there).unwrap_or(pages);
             let at = vaddr + (from * page) as u64;
             to(match there {
                 true => PageEvent::Hole {

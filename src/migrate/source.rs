@@ -24,16 +24,17 @@ use super::destination::failure_of;
 use super::fault;
 use super::layers::Layers;
 use super::link::Link;
-use super::live;
+use super::live::{self, Moving};
 use super::loss::Loss;
 use super::postcopy;
 use super::precopy;
 use super::prepared::Prepared;
 use super::protocol::{
-    Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
+    Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, TMPFS, VERSION, Welcome,
 };
 use super::report::{Clock, PostCopy, Report, Side, millis};
 pub use super::still::Still;
+use super::tmpfs::Tmpfs;
 use super::tuning::{OnPostCopyFailure, Tuning};
 use super::wire::Wire;
 use crate::control::{Event, Limits};
@@ -132,8 +133,10 @@ fn try_send(cx: &Context<'_>, ticket: &str, task: Box<dyn SourceTask>, clock: &m
         Manifest { live, in_netns: live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;
     cx.link.flush()?;
-    let mut outcome =
-        if live { send_live(cx, task, prepared, clock)? } else { send_whole(cx, task, prepared, clock)? };
+    let mut outcome = match live {
+        true => send_live(cx, task, prepared, welcome.version, clock)?,
+        false => send_whole(cx, task, prepared, clock)?,
+    };
     if let Outcome::Moved(report) = &mut outcome {
         // its clock starts with the connection
         report.destination_offset_ms = greeted_ms;
@@ -165,12 +168,19 @@ fn send_live(
     cx: &Context<'_>,
     task: Box<dyn SourceTask>,
     prepared: Prepared,
+    version: u32,
     clock: &mut Clock,
 ) -> Result<Outcome> {
     let mut copier = Copier::new(&cx.options.tuning)?;
     let mut layers = Layers::new(&prepared.layer)?;
-    let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, clock)?;
-    let stopped = live::freeze(cx, task, prepared, ahead, &mut copier, &mut layers, clock)?;
+    // tar runs in the container's user namespace, if it has one, and cannot read what is ours
+    let mut tmpfs = match version >= TMPFS && !prepared.userns {
+        true => Some(Tmpfs::new(prepared.init, prepared.external_mounts())?),
+        false => None,
+    };
+    let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, tmpfs.as_mut(), clock)?;
+    let mut moving = Moving { copier: &mut copier, layers: &mut layers, tmpfs: tmpfs.as_mut() };
+    let stopped = live::freeze(cx, task, prepared, ahead, &mut moving, clock)?;
     let live::Stopped { still, tasks, report, mut left } = stopped;
     let report = Report {
         mode: Some(if left.is_empty() { "pre-copy".into() } else { "post-copy".into() }),

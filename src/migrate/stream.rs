@@ -22,6 +22,7 @@ use serde_json::Value;
 use super::codec::Kind;
 use super::link::Link;
 use super::protocol::{FileHeader, Final};
+use super::tmpfs::{Piece, Stage};
 use crate::criu::page_server::page_size;
 use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
@@ -72,6 +73,12 @@ impl Counter {
                 t.page_bytes += bytes.len() as u64;
             }
             Kind::LayerEntry => t.layer_entries += 1,
+            // what is said about a file is counted by its content alone
+            Kind::Staged => {
+                if let Piece::Data { bytes, .. } = Piece::decode(payload)? {
+                    t.tmpfs_bytes += bytes.len() as u64;
+                }
+            }
             Kind::LayerData => t.layer_bytes += payload.len().saturating_sub(8) as u64,
             Kind::Frozen | Kind::PagesOpen | Kind::PagesHole | Kind::PagesClose => {}
             // memory that travels while the container runs is checked by the page: see `Planner`
@@ -189,6 +196,11 @@ impl<'a> Sender<'a> {
         self.link.json(Kind::Stdio, carry)
     }
 
+    /// So many bytes of tmpfs files have been sent beside this.
+    pub(super) fn tmpfs_sent(&mut self, bytes: u64) {
+        self.counter.totals.tmpfs_bytes += bytes;
+    }
+
     /// Bytes sent so far, see [`Wire::bytes`].
     pub fn sent(&self) -> u64 {
         self.link.wire().bytes().0
@@ -238,6 +250,7 @@ struct LiveMemory {
     remote: BTreeMap<Space, RangeSet>,
     hot: BTreeMap<Space, RangeSet>,
     scratch: Vec<u8>,
+    stage: Stage,
 }
 
 /// What a live migration has brought when everything has come.
@@ -277,6 +290,7 @@ impl Receiver {
             remote: BTreeMap::new(),
             hot: BTreeMap::new(),
             scratch: Vec::new(),
+            stage: Stage::create(images, memory_cap)?,
         };
         Self::with(images, layer, Memory::Live(Box::new(memory)))
     }
@@ -378,6 +392,7 @@ impl Receiver {
                 *all = all.union(&ranges);
                 Ok(())
             }
+            Kind::Staged => self.live_memory()?.stage.take(payload),
             Kind::Frozen => {
                 // what came before was brought up to date again and again; from here on everything is counted
                 self.counter = Counter::default();

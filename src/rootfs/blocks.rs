@@ -12,13 +12,13 @@ const MAX: u64 = 1 << 20;
 /// Blocks that a file has at most when it is first sent, up to 256 GiB.
 const COUNT: u64 = 256 << 10;
 
-/// The blocks of a file that have data.
+/// The blocks of a file that have data, each with a hash of the kind `H`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Blocks {
+pub struct Blocks<H = u64> {
     size: u64,
     seed: u64,
     /// Number of the block and hash, ascending.
-    list: Vec<(u64, u64)>,
+    list: Vec<(u64, H)>,
 }
 
 /// The block size for a file of this size: it stays as the file grows.
@@ -26,9 +26,9 @@ pub fn block_size(file: u64) -> u64 {
     (file / COUNT).next_power_of_two().clamp(MIN, MAX)
 }
 
-impl Blocks {
+impl<H: Copy> Blocks<H> {
     /// None yet. The seed differs from migration to migration.
-    pub fn new(size: u64, seed: u64) -> Blocks {
+    pub fn new(size: u64, seed: u64) -> Blocks<H> {
         Blocks { size, seed, list: Vec::new() }
     }
 
@@ -43,14 +43,19 @@ impl Blocks {
     }
 
     /// Adds a block; they come in order.
-    pub fn push(&mut self, block: u64, hash: u64) {
+    pub fn push(&mut self, block: u64, hash: H) {
         debug_assert!(self.list.last().is_none_or(|(last, _)| *last < block));
         self.list.push((block, hash));
     }
 
     /// The hash of a block; none for a hole.
-    pub fn get(&self, block: u64) -> Option<u64> {
+    pub fn get(&self, block: u64) -> Option<H> {
         self.list.binary_search_by_key(&block, |(b, _)| *b).ok().map(|at| self.list[at].1)
+    }
+
+    /// All of them with their hashes, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, H)> + '_ {
+        self.list.iter().copied()
     }
 
     /// Blocks with data from `first` up to but not including `end`.

@@ -12,7 +12,9 @@
 //! | [`staged`] | the same in rounds, while it changes: later ones send what changed since |
 //! | [`stamp`] | whether an inode may have changed since it was looked at |
 //! | `blocks` | which blocks of a file changed |
+//! | [`content`] | a file's content block by block with strong hashes, by several threads |
 //! | [`writers`] | which files the tasks may be writing |
+//! | `directory` | names of a directory and what they stand for, without following anything |
 //! | `read` | one inode's entry |
 //! | [`apply`] | a [`Sink`] that writes a directory, in one round or several, the last perhaps through the mounted overlay |
 //! | [`times`] | what CRIU's own work in the root must not change |
@@ -34,7 +36,9 @@
 pub mod apply;
 mod blocks;
 pub mod capture;
+pub mod content;
 pub mod diff;
+mod directory;
 pub mod entry;
 pub mod layer;
 mod read;
@@ -55,6 +59,7 @@ pub mod xattr;
 pub use apply::{Apply, NeedsUnmount};
 pub use capture::{CaptureOptions, capture};
 pub use diff::{CompareOptions, Difference, compare};
+pub use directory::{Directory, punch, reopen};
 pub use entry::{Entry, Kind, Meta, Time, Totals, Xattr};
 pub use layer::{LayerKind, MountSpec, WritableLayer};
 pub use staged::Staged;

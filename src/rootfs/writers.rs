@@ -11,12 +11,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use nix::fcntl::OFlag;
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::{Mode, fstat, makedev};
 use nix::time::{ClockId, clock_gettime};
 
 use super::entry::Time;
 use super::layer::WritableLayer;
 use super::sys;
+use crate::memory::maps;
 
 /// The files, by filesystem and inode number of the layer's own directory.
 #[derive(Clone, Debug, Default)]
@@ -70,6 +71,28 @@ impl Writers {
             }
         }
         Ok(writers)
+    }
+
+    /// The same for whole file systems that the tasks see as they are, without an overlay: by the kernel's own numbers, so
+    /// that deleted names and other mount namespaces count too.
+    pub fn of_devices(pids: &[i32], devices: &HashSet<u64>) -> Writers {
+        let mut writers = Writers::none();
+        for pid in pids {
+            for map in maps::mappings(*pid).unwrap_or_default() {
+                let device = makedev(map.dev.0.into(), map.dev.1.into());
+                if map.shared && map.write && devices.contains(&device) {
+                    writers.mapped.insert((device, map.inode));
+                }
+            }
+            let Ok(fds) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
+            for fd in fds.flatten().filter(|fd| fd.metadata().is_ok_and(|m| m.mode() & 0o200 != 0)) {
+                let Ok(file) = std::fs::metadata(fd.path()) else { continue };
+                if file.is_file() && devices.contains(&file.dev()) {
+                    writers.open.insert((file.dev(), file.ino()));
+                }
+            }
+        }
+        writers
     }
 
     /// Whether an inode is open for writing, and whether it is mapped for it.

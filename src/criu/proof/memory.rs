@@ -84,6 +84,11 @@ impl Subject {
         ensure!(freezer.path().to_string_lossy() == self.cgroup, "{:?}", freezer.path());
         freezer.freeze(Duration::from_secs(5))?;
         let mut seen = Seen::default();
+        let objects = std::cell::RefCell::new(Vec::new());
+        let mut on_shared = |file: std::fs::File| {
+            objects.borrow_mut().push(file);
+            Ok(())
+        };
         let mut image = None;
         let at = Instant::now();
         let result = prepared.dump(
@@ -94,6 +99,7 @@ impl Subject {
                 descriptors: &Default::default(),
                 on_post_dump: None,
                 listing,
+                on_shared: Some(&mut on_shared),
             },
             &mut |event| {
                 match event {
@@ -110,6 +116,7 @@ impl Subject {
             },
         );
         let took = at.elapsed();
+        seen.objects = objects.take();
         freezer.thaw()?;
         if std::env::var_os("KEEP_LOG").is_some() {
             std::fs::copy(dir.path().join("dump.log"), "/tmp/criu-proof-dump.log").ok();
@@ -133,6 +140,8 @@ impl Drop for Subject {
 struct Seen {
     bytes: BTreeMap<ImageKind, u64>,
     holes: Vec<(ImageKind, u64, u64)>,
+    /// Shared memory that CRIU did not see.
+    objects: Vec<std::fs::File>,
 }
 
 impl Seen {
@@ -192,4 +201,36 @@ fn clean_memory_is_left_alone() {
         }
     }
     std::io::stdout().flush().unwrap();
+}
+
+#[test]
+#[ignore = "needs root and CRIU"]
+fn shared_memory_is_left_alone() {
+    use std::os::unix::fs::FileExt;
+    if let Some(reason) = skip_reason() {
+        return println!("SKIPPED: {reason}");
+    }
+    let criu = Criu::find(Some(std::path::Path::new(super::CRIU))).unwrap();
+    let mb = std::env::var("SHARED").map_or(64, |s| s.parse::<u64>().unwrap());
+    for conceal in [false, true, false, true] {
+        let how = Worker { memory: MemoryMode::Parent, conceal, ..Worker::default() };
+        let prepared = criu.prepare_dump(&how).unwrap();
+        let subject = Subject::start(1, mb, prepared.pid()).unwrap();
+        let (stats, took, seen) = subject.dump(prepared, Listing::Sent).unwrap();
+        let bytes = seen.bytes.get(&ImageKind::Shmem).copied().unwrap_or(0);
+        println!(
+            "{mb} MB shared, concealed {conceal}: {took:.1?} (sink {:.1?}), {bytes} bytes",
+            stats.in_sink
+        );
+        assert_eq!(seen.holes_of(ImageKind::Shmem), 0);
+        if conceal {
+            assert_eq!((bytes, seen.objects.len()), (0, 1));
+            assert_eq!(seen.objects[0].metadata().unwrap().len(), mb << 20);
+            let mut page = [0; 4096];
+            seen.objects[0].read_exact_at(&mut page, (mb << 20) - 4096).unwrap();
+            assert_eq!(page, [b'x'; 4096]);
+        } else {
+            assert_eq!((bytes, seen.objects.len()), (mb << 20, 0));
+        }
+    }
 }

@@ -370,8 +370,12 @@ impl Bed {
             true => Some(File::open(format!("/proc/{}/ns/net", from.pid))?),
             false => None,
         };
-        let worker =
-            Worker { memory: mode, netns: inside.as_ref().map(|f| f.as_fd()), path_first: tools.as_deref() };
+        let worker = Worker {
+            memory: mode,
+            netns: inside.as_ref().map(|f| f.as_fd()),
+            path_first: tools.as_deref(),
+            ..Worker::default()
+        };
         let ready = self.criu.prepare_dump(&worker)?;
         let frozen_at = Instant::now();
         ensure!(!freezer.freeze(SOON)?, "was frozen before");
@@ -403,6 +407,7 @@ impl Bed {
                     Ok(())
                 }),
                 listing: if self.fast.netns { Listing::Written(&ids) } else { Listing::Sent },
+                on_shared: None,
             },
             &mut |event| match &mut sink {
                 Sink::Store(store) => store.event(event),
@@ -512,6 +517,7 @@ impl Bed {
                 descriptors: &stdio::descriptors(None, from.pid)?,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
                 listing: Listing::Sent,
+                on_shared: None,
             };
             let mut events = 0;
             let result = self.criu.dump(&mut request, &mut |_| {

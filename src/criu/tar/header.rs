@@ -15,6 +15,8 @@ pub const FIFO: u8 = b'6';
 pub const LONG_NAME: u8 = b'L';
 pub const LONG_TARGET: u8 = b'K';
 pub const SPARSE: u8 = b'S';
+/// Ours: in the place of a file's content, where it is ([`super::staged`]).
+pub const REFERENCE: u8 = b'T';
 
 /// Pieces of data in the header itself, and in each block that continues it.
 const HERE: usize = 4;

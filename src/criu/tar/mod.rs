@@ -5,10 +5,13 @@
 //! What it reads is only that; everything else, and every call that is not CRIU's, goes to the stock program, found in the rest of PATH.
 //! Kept is what CRIU's own call keeps: names, types, owners, modes, times of modification in seconds, links, devices, holes. Sockets are
 //! left out, CRIU makes them itself.
+//!
+//! In a migration the content of files may be a reference to what the destination has already ([`staged`]).
 
 mod gzip;
 mod header;
 mod read;
+pub mod staged;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -93,13 +96,21 @@ pub(super) fn main(executable: &Path) -> Result<ExitCode> {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     match job(&args) {
         Some(Job::Create(dir)) => {
-            write::archive(&dir, BufWriter::with_capacity(1 << 20, standard(1)))
-                .with_context(|| format!("archiving {}", dir.display()))?;
+            write::archive(
+                &dir,
+                &staged::Known::beside(executable),
+                BufWriter::with_capacity(1 << 20, standard(1)),
+            )
+            .with_context(|| format!("archiving {}", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Job::Extract(dir)) if gzip::is_stored(&standard(0))? => {
-            read::extract(&dir, BufReader::with_capacity(1 << 20, standard(0)))
-                .with_context(|| format!("extracting into {}", dir.display()))?;
+            read::extract(
+                &dir,
+                &staged::files_beside(executable),
+                BufReader::with_capacity(1 << 20, standard(0)),
+            )
+            .with_context(|| format!("extracting into {}", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
         _ => stock(executable.parent(), &args),

@@ -14,15 +14,17 @@ use nix::sys::time::TimeSpec;
 
 use super::gzip::Unstored;
 use super::header::{
-    BLOCK, BLOCK_DEVICE, CHAR, DIR, FIFO, FILE, Header, LINK, LONG_NAME, LONG_TARGET, SPARSE, SYMLINK,
-    padding,
+    BLOCK, BLOCK_DEVICE, CHAR, DIR, FIFO, FILE, Header, LINK, LONG_NAME, LONG_TARGET, REFERENCE, SPARSE,
+    SYMLINK, padding,
 };
+use super::staged;
 
 /// A name or a target is not longer than this.
 const NAME_CAP: u64 = 64 << 10;
 
-/// Extracts what [`super::write::archive`] has written. What is there under the same name is replaced.
-pub fn extract(dir: &Path, input: impl Read) -> Result<()> {
+/// Extracts what [`super::write::archive`] has written. What is there under the same name is replaced. Content
+/// that is only named is taken from the directory `staged`.
+pub fn extract(dir: &Path, staged: &Path, input: impl Read) -> Result<()> {
     let mut input = Unstored::new(input)?;
     // The directories that were made: nothing is put anywhere else, so no link leads out.
     let mut made: Vec<(PathBuf, Header)> = Vec::new();
@@ -60,7 +62,8 @@ pub fn extract(dir: &Path, input: impl Read) -> Result<()> {
             made.push((path, header));
             continue;
         }
-        entry(dir, &path, &header, &mut input).with_context(|| format!("making {}", path.display()))?;
+        entry(dir, staged, &path, &header, &mut input)
+            .with_context(|| format!("making {}", path.display()))?;
         skip(&mut input, padding(header.size))?;
     }
     input.finish()?;
@@ -107,12 +110,13 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-fn entry(dir: &Path, path: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
+fn entry(dir: &Path, staged: &Path, path: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
     remove(path)?;
     let node = |kind, device| mknod(path, kind, Mode::from_bits_truncate(header.mode), device);
     let device = makedev(header.device.0.into(), header.device.1.into());
     match header.kind {
         FILE | SPARSE => file(path, header, input)?,
+        REFERENCE => referred(path, staged, header, input)?,
         // it has its owner already
         LINK => return Ok(std::fs::hard_link(dir.join(relative(&header.target)?), path)?),
         SYMLINK => symlink(OsStr::from_bytes(&header.target), path)?,
@@ -139,6 +143,15 @@ fn file(path: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
         file.set_len(size)?;
     }
     Ok(())
+}
+
+fn referred(path: &Path, staged: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
+    ensure!(header.size <= staged::CAP, "a reference of {} bytes", header.size);
+    let mut body = vec![0; header.size as usize];
+    input.read_exact(&mut body)?;
+    let reference = serde_json::from_slice(&body).context("reading a reference")?;
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    staged::take(staged, &reference, &file)
 }
 
 fn attributes(path: &Path, header: &Header) -> Result<()> {

@@ -86,13 +86,13 @@ fn a_tree_comes_back_as_it_was_from_us_and_from_stock_tar() {
     }
     tree(&from);
     let mut archive = Vec::new();
-    write::archive(&from, &mut archive).unwrap();
+    write::archive(&from, &staged::Known::default(), &mut archive).unwrap();
     assert!(archive.len() < 1 << 20, "{} bytes: the holes are in it", archive.len());
     let mut want = look(&from);
     want.retain(|l| !l.starts_with("socket "));
 
     std::fs::write(ours.join("file"), "in the way").unwrap();
-    read::extract(&ours, &archive[..]).unwrap();
+    read::extract(&ours, Path::new("/nowhere"), &archive[..]).unwrap();
     assert_eq!(look(&ours), want);
     assert!(ours.join("sparse").metadata().unwrap().blocks() * 512 < 1 << 20);
 
@@ -116,9 +116,9 @@ fn damage_and_names_that_lead_out_are_errors() {
     std::fs::create_dir(&from).unwrap();
     std::fs::write(from.join("f"), b"x").unwrap();
     let mut archive = Vec::new();
-    write::archive(&from, &mut archive).unwrap();
+    write::archive(&from, &staged::Known::default(), &mut archive).unwrap();
     for end in [10, 100, 600, archive.len() - 1] {
-        assert!(read::extract(top.path(), &archive[..end]).is_err(), "cut at {end}");
+        assert!(read::extract(top.path(), Path::new("/nowhere"), &archive[..end]).is_err(), "cut at {end}");
     }
     for (name, dirs) in [("../f", true), ("/f", true), ("./link/f", false)] {
         let mut bytes = Vec::new();
@@ -132,7 +132,7 @@ fn damage_and_names_that_lead_out_are_errors() {
         out.write_all(&header.encode().unwrap()).unwrap();
         out.write_all(&[0; 1024]).unwrap();
         out.finish().unwrap();
-        assert!(read::extract(&from, &bytes[..]).is_err(), "{name}");
+        assert!(read::extract(&from, Path::new("/nowhere"), &bytes[..]).is_err(), "{name}");
     }
 }
 
@@ -150,4 +150,36 @@ fn only_what_criu_asks_for_is_done_here() {
         assert_eq!(job(&args(other)), None, "{other}");
     }
     assert!(is_ours(Path::new("/b/gate/transship-tools/tar")) && !is_ours(Path::new("/usr/bin/tar")));
+}
+
+#[test]
+fn what_the_destination_has_is_only_named_and_comes_back_whole() {
+    use crate::rootfs::content::{self, How};
+    let top = tempfile::tempdir().unwrap();
+    let [from, to, files] = ["a", "b", "staged"].map(|n| top.path().join(n));
+    for dir in [&from, &to, &files] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    tree(&from);
+    let long = from.join(format!("sub/{}/f", "n".repeat(120)));
+    let mut all = Vec::new();
+    for (id, path) in [&long, &from.join("file")].into_iter().enumerate() {
+        let (file, meta) = (File::open(path).unwrap(), path.metadata().unwrap());
+        let (size, block, seed) = (meta.size(), 4096, 9);
+        let blocks = content::scan(&file, &How { size, block, seed, threads: 1 }, &|_, _, _| Ok(())).unwrap();
+        let reference =
+            staged::Reference { id: id as u64, size, block, seed, digest: content::digest(size, &blocks) };
+        let (key, mtime) = ((meta.dev(), meta.ino()), (meta.mtime(), meta.mtime_nsec()));
+        all.push(staged::Staged { key, mtime, reference });
+        std::fs::copy(path, files.join(staged::file_name(id as u64))).unwrap();
+    }
+    let (mut plain, mut archive) = (Vec::new(), Vec::new());
+    write::archive(&from, &staged::Known::default(), &mut plain).unwrap();
+    write::archive(&from, &staged::Known::new(all), &mut archive).unwrap();
+    assert!(archive.len() + 69_000 < plain.len(), "{} and {} bytes", archive.len(), plain.len());
+    read::extract(&to, &files, &archive[..]).unwrap();
+    let mut want = look(&from);
+    want.retain(|l| !l.starts_with("socket "));
+    assert_eq!(look(&to), want);
+    assert!(read::extract(&to, &files, &archive[..]).is_err(), "it was taken");
 }

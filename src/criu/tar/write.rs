@@ -12,14 +12,16 @@ use anyhow::{Context, Result};
 
 use super::gzip::Stored;
 use super::header::{
-    BLOCK, BLOCK_DEVICE, CHAR, DIR, FIFO, FILE, Header, LINK, LONG_NAME, LONG_TARGET, SPARSE, SYMLINK, fits,
-    padding,
+    BLOCK, BLOCK_DEVICE, CHAR, DIR, FIFO, FILE, Header, LINK, LONG_NAME, LONG_TARGET, REFERENCE, SPARSE,
+    SYMLINK, fits, padding,
 };
+use super::staged::Known;
 
-/// Archives everything in `dir` that is on the same file system, `dir` itself included, by names that begin with `./`.
-pub fn archive(dir: &Path, out: impl Write) -> Result<()> {
+/// Archives everything in `dir` that is on the same file system, `dir` itself included, by names that begin with `./`. Files that are
+/// `known` are archived by reference.
+pub fn archive(dir: &Path, known: &Known, out: impl Write) -> Result<()> {
     let meta = std::fs::metadata(dir).context("looking at it")?;
-    let mut archive = Archive { out: Stored::new(out)?, device: meta.dev(), links: HashMap::new() };
+    let mut archive = Archive { out: Stored::new(out)?, known, device: meta.dev(), links: HashMap::new() };
     archive.entry(dir, b"./", &meta)?;
     archive.content(dir, b"./")?;
     // which end it
@@ -27,14 +29,15 @@ pub fn archive(dir: &Path, out: impl Write) -> Result<()> {
     archive.out.finish()
 }
 
-struct Archive<W: Write> {
+struct Archive<'a, W: Write> {
     out: Stored<W>,
+    known: &'a Known,
     device: u64,
     /// The first name of each file with several.
     links: HashMap<u64, Vec<u8>>,
 }
 
-impl<W: Write> Archive<W> {
+impl<W: Write> Archive<'_, W> {
     fn content(&mut self, dir: &Path, name: &[u8]) -> Result<()> {
         for entry in std::fs::read_dir(dir).with_context(|| format!("listing {}", dir.display()))? {
             let path = entry.with_context(|| format!("listing {}", dir.display()))?.path();
@@ -91,6 +94,15 @@ impl<W: Write> Archive<W> {
     }
 
     fn file(&mut self, path: &Path, mut header: Header, meta: &Metadata) -> Result<()> {
+        if let Some(reference) = self.known.of(meta) {
+            let body = serde_json::to_vec(reference)?;
+            header.kind = REFERENCE;
+            header.size = body.len() as u64;
+            self.header(header)?;
+            self.out.write_all(&body)?;
+            self.out.write_all(&[0; BLOCK][..padding(body.len() as u64)])?;
+            return Ok(());
+        }
         let mut file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path)?;
         let size = meta.size();
         let mut pieces = vec![(0, size)];

@@ -13,6 +13,7 @@ mod live_files;
 mod live_memory;
 mod live_modes;
 mod live_redis;
+mod live_tmpfs;
 mod live_trouble;
 mod move_image;
 mod move_normal;
@@ -49,6 +50,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         live_memory::ALL,
         live_modes::ALL,
         live_redis::ALL,
+        live_tmpfs::ALL,
         live_trouble::ALL,
         move_image::ALL,
         move_normal::ALL,

@@ -20,6 +20,7 @@ const HELP: &str = "ts-load WORKLOAD [options]
       --mb N              size (default 64)
       --rate R            bytes a second, as 100MB/s or 1GiB/s; max: as fast as it goes (default 100MB/s)
       --pattern P         random or sequential: which page is next (default random)
+      --shared            in shared memory
   tree      many processes; the first asks one after the other to write a page, through pipes
       --procs N           processes (default 50)
       --mb N              memory of each (default 1)
@@ -54,7 +55,7 @@ fn rate(text: &str) -> Result<Option<f64>, String> {
 }
 
 fn run() -> Result<(), String> {
-    let mut args = Args::new(std::env::args().skip(1), &["help"]);
+    let mut args = Args::new(std::env::args().skip(1), &["help", "shared"]);
     if args.flag("help") {
         println!("{HELP}");
         return Ok(());
@@ -78,9 +79,10 @@ fn run() -> Result<(), String> {
                 "sequential" => false,
                 other => return Err(format!("--pattern {other:?}: random or sequential")),
             };
+            let shared = args.flag("shared");
             let steps =
                 rate(args.option("rate").unwrap_or("100MB/s"))?.map(|bytes| bytes / pages::PAGE as f64);
-            drive::run(writer::Writer::new((mb << 20) as usize, random)?, steps, port, seconds)
+            drive::run(writer::Writer::new((mb << 20) as usize, random, shared)?, steps, port, seconds)
         }
         "tree" => {
             let (procs, mb) = (args.option_number("procs", 50)?.max(2), args.option_number("mb", 1)?);

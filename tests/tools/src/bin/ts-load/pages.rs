@@ -75,6 +75,15 @@ fn fault(page: &Page, index: usize, version: u32) -> Option<String> {
 impl Pages {
     /// Maps and fills `bytes`.
     pub fn new(bytes: usize) -> Result<Self, String> {
+        Self::mapped(bytes, libc::MAP_PRIVATE)
+    }
+
+    /// The same as shared memory.
+    pub fn shared(bytes: usize) -> Result<Self, String> {
+        Self::mapped(bytes, libc::MAP_SHARED)
+    }
+
+    fn mapped(bytes: usize, how: i32) -> Result<Self, String> {
         let count = (bytes / PAGE).max(1);
         // SAFETY: a fresh anonymous mapping, which nobody else knows of.
         let at = unsafe {
@@ -82,7 +91,7 @@ impl Pages {
                 std::ptr::null_mut(),
                 count * PAGE,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                how | libc::MAP_ANONYMOUS,
                 -1,
                 0,
             )

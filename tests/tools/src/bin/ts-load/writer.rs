@@ -10,8 +10,9 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub fn new(bytes: usize, random: bool) -> Result<Self, String> {
-        Ok(Self { pages: Pages::new(bytes)?, random, state: 0x1234_5678_9ABC_DEF1 })
+    pub fn new(bytes: usize, random: bool, shared: bool) -> Result<Self, String> {
+        let pages = if shared { Pages::shared(bytes)? } else { Pages::new(bytes)? };
+        Ok(Self { pages, random, state: 0x1234_5678_9ABC_DEF1 })
     }
 }
 

@@ -24,6 +24,7 @@ mod threads;
 mod timers;
 mod tree;
 mod unix_pair;
+mod visits;
 mod zombie;
 
 use std::process::ExitCode;
@@ -57,6 +58,7 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   tree N                     N children with a child each, all answering through pipes
   shared                     memory shared between two processes
   timers                     timers of every kind
+  visits FILE MB             a file that is mapped, changed and closed again each round
   zombie                     a child that ended and was not waited for
   sleep                      nothing";
 
@@ -75,6 +77,7 @@ fn run() -> Result<(), String> {
         "stream-connect" => stream::connect(&mut args),
         "shared" => shared::run(&args),
         "timers" => timers::run(&args),
+        "visits" => visits::run(&mut args),
         "zombie" => zombie::run(&args),
         "append" => files::append(&mut args),
         "appenders" => appenders::run(&mut args),
