@@ -40,13 +40,14 @@
 //! | [`capture`] | the freeze with one copy of everything |
 //! | [`live`] | the freeze of a live migration |
 //! | [`code_pages`], [`shared`] | what CRIU changes for a moment; what of shared memory need not be sent again |
-//! | [`postcopy`] | pages that follow after the commit, on the source |
+//! | [`postcopy`], [`remains`] | pages that follow after the commit, on the source: sent; which of them next (pure) |
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
 //! | [`destination`] | what both forms of an arrival share; one copy of everything received |
 //! | [`arrival`] | a live migration received |
 //! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
+//! | [`background`] | yielding the processor to the container while it runs |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`], [`loss`] | what was measured; what was lost in a post-copy |
 //! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
@@ -57,6 +58,7 @@
 pub mod abort;
 pub mod archive;
 mod arrival;
+mod background;
 mod capture;
 mod code_pages;
 pub mod codec;
@@ -73,6 +75,7 @@ mod precopy;
 mod prepared;
 pub mod protocol;
 pub mod quantity;
+mod remains;
 pub mod report;
 mod shared;
 pub mod source;

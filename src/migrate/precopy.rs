@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use super::background::Background;
 use super::capture::Context;
 use super::codec::Kind;
 use super::copier::Copier;
@@ -63,7 +64,16 @@ pub(super) fn run(
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
     let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
-    let mut rounds = Rounds { cx, prepared, copier, layers, tmpfs, all: Vec::new(), stats: Vec::new() };
+    let mut rounds = Rounds {
+        cx,
+        prepared,
+        copier,
+        layers,
+        tmpfs,
+        all: Vec::new(),
+        stats: Vec::new(),
+        destination_waits: false,
+    };
     let mut decision = converge::decide(&[], &budget, None);
     let mut found = Vec::new();
     if decision == Decision::Another {
@@ -96,6 +106,7 @@ pub(super) fn run(
     };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
+    rounds.destination_waits = true;
     if !post_copy {
         // what was written while the destination made itself ready
         found = merge(found, rounds.look()?);
@@ -128,6 +139,8 @@ struct Rounds<'a> {
     tmpfs: Option<&'a mut Tmpfs>,
     all: Vec<Round>,
     stats: Vec<RoundStats>,
+    /// Then nobody is to wait for the processor any more.
+    destination_waits: bool,
 }
 
 impl Rounds<'_> {
@@ -159,6 +172,7 @@ impl Rounds<'_> {
         let begun = Instant::now();
         cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
         let (sent, shown) = (Cell::new(0), Cell::new(0));
+        let background = (!self.destination_waits).then(Background::enter);
         let copied = self.copier.send(found, cx.link, &|bytes| {
             sent.set(sent.get() + bytes);
             if sent.get() - shown.get() > 8 << 20 {
@@ -171,6 +185,7 @@ impl Rounds<'_> {
         let layer = self.layers.round(&pids, cx.link)?;
         let tmpfs = self.tmpfs(&pids)?;
         cx.link.flush()?;
+        drop(background);
         let next = self.look()?;
         let took = begun.elapsed();
         let page = page_size() as u64;
