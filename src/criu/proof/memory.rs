@@ -41,7 +41,8 @@ sys.stdin.read()
 impl Subject {
     /// In the mount namespace of `worker`: a process that is no container must share CRIU's.
     fn start(private_mb: u64, shared_mb: u64, worker: i32) -> Result<Self> {
-        let cgroup = format!("/sys/fs/cgroup/freezer/criu-proof-{}", std::process::id());
+        let hierarchy = if crate::cgroup::is_unified() { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/freezer" };
+        let cgroup = format!("{hierarchy}/criu-proof-{}", std::process::id());
         std::fs::create_dir_all(&cgroup)?;
         let mut child = Command::new("nsenter")
             .arg(format!("--mount=/proc/{worker}/ns/mnt"))

@@ -24,8 +24,8 @@ use super::plan::{EagerPolicy, Plan, Planner};
 use super::{Criu, DumpRequest, MemoryMode, PageStore, Worker, images, stdio};
 use crate::cgroup::Freezer;
 
-const RUNCS: [&str; 2] = ["/opt/testbed/p13/bin/runc", "/opt/testbed/pforky/bin/runc"];
-const CRIU: &str = "/opt/criu/bin/criu";
+const RUNCS: [&str; 2] = ["/opt/transship/containerd-1.7/bin/runc", "/opt/transship/containerd-2.1/bin/runc"];
+const CRIU: &str = "/opt/transship/criu/bin/criu";
 const SCRATCH: &str = "/tmp/tcr";
 const SOON: Duration = Duration::from_secs(10);
 
