@@ -2,7 +2,7 @@
 //! read from the frozen tasks by us at the same time; pages that nobody has sent yet follow, or stay here for the post-copy.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
@@ -25,7 +25,7 @@ use super::stream::Sender;
 use crate::criu::mm_image::Mappings;
 use crate::criu::{DumpRequest, ImageKind, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
-use crate::memory::tracker::{Found, Source, Task, tasks};
+use crate::memory::tracker::{Found, Source, Task, TrackerKind, tasks};
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
 
@@ -55,13 +55,21 @@ pub(super) fn freeze(
     layers: &mut Layers,
     clock: &mut Clock,
 ) -> Result<Stopped> {
-    let Ahead { next, found: unsent, rounds, worker } = ahead;
+    let Ahead { next, found: unsent, rounds, mut worker } = ahead;
     let post_copy = next == Next::FreezePostCopy;
+    // nothing was ever sent: there is nothing to compare with
+    let first = post_copy && rounds.is_empty();
     let (images, work) = (prepared.images(), prepared.work());
     let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| cx.phase(&clock, name);
     cx.go_on()?;
+    // a tracker by soft-dirty bits cleared them at its last look, and will ask what they say since
+    let mut uncleared = BTreeSet::new();
+    if first || copier.tracker() != TrackerKind::SoftDirty {
+        uncleared = freezer.pids().context("listing the tasks")?;
+    }
+    worker.forget_writes(uncleared)?;
     phase("freeze");
     let (still, carry, entering) = Still::enter(task, freezer, netns)?;
     let since = still.since();
@@ -77,8 +85,7 @@ pub(super) fn freeze(
     copier.hurry(true);
     phase("final scan");
     let at = items.now();
-    let mut found = match post_copy && rounds.is_empty() {
-        // nothing was ever sent: there is nothing to compare with
+    let mut found = match first {
         true => Vec::new(),
         false => merge(unsent, copier.look(&tasks, true)?),
     };

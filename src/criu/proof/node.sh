@@ -29,10 +29,6 @@ umount -l /sys
 mount -t sysfs sysfs /sys
 if [ ${#hierarchies[@]} = 1 ]; then
   mount -t cgroup2 cgroup2 /sys/fs/cgroup
-  # a cgroup that gives controllers to children holds no process itself
-  mkdir /sys/fs/cgroup/init
-  while read -r p; do echo "$p" > /sys/fs/cgroup/init/cgroup.procs 2>/dev/null || true; done < <(grep -v '^0$' /sys/fs/cgroup/cgroup.procs)
-  for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo "+$c" > /sys/fs/cgroup/cgroup.subtree_control 2>/dev/null || true; done
 else
 mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
 for c in cpu cpuacct cpuset memory devices freezer blkio pids; do
