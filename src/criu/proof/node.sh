@@ -13,6 +13,11 @@ if [ -z "$IN_NODE" ]; then
   done
   here=$(readlink -f "$0")
   ( for d in "${hierarchies[@]/%/$name}"; do echo $BASHPID > "$d/cgroup.procs"; done
+    # v2: a cgroup that gives controllers to children holds no process itself. From here: the node does not see who waits for it
+    [ ${#hierarchies[@]} != 1 ] || {
+      until [ -d "$hierarchies$name/init" ]; do sleep 0.02; done
+      for p in $(cat "$hierarchies$name/cgroup.procs") $(cat "$hierarchies$name/cgroup.procs"); do echo "$p" > "$hierarchies$name/init/cgroup.procs" || true; done
+    } 2> /dev/null &
     IN_NODE=1 exec unshare -C -m -n -p -u -i -f --kill-child --propagation private bash "$here" "$name" "$scratch" "$@" ) && rc=0 || rc=$?
   for i in 1 2 3 4 5 6 7 8 9 10; do
     for d in "${hierarchies[@]/%/$name}"; do [ ! -d "$d" ] || find "$d" -depth -type d -exec rmdir {} \; 2>/dev/null || true; done
@@ -29,6 +34,8 @@ umount -l /sys
 mount -t sysfs sysfs /sys
 if [ ${#hierarchies[@]} = 1 ]; then
   mount -t cgroup2 cgroup2 /sys/fs/cgroup
+  mkdir /sys/fs/cgroup/init
+  while [ -n "$(cat /sys/fs/cgroup/cgroup.procs)" ]; do sleep 0.02; done
 else
 mount -t tmpfs -o mode=755 cgroup /sys/fs/cgroup
 for c in cpu cpuacct cpuset memory devices freezer blkio pids; do
