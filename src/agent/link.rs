@@ -24,6 +24,9 @@ use super::message::Message;
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// The largest data frame, in bytes.
 pub const MAX_DATA: usize = 1 << 20;
+/// So often each side speaks at least, whatever it has been told of silence: the other may go by a limit of its own, of which the
+/// smallest is one second.
+const ALIVE: Duration = Duration::from_millis(250);
 /// Room for the offset in front of a layer's data.
 const DATA_HEAD: usize = 64;
 
@@ -80,7 +83,7 @@ impl Link {
         let (read, write) = tokio::io::split(stream);
         let (out, outgoing) = mpsc::channel(4);
         let (to, incoming) = mpsc::channel(4);
-        let writer = tokio::spawn(write_all(write, outgoing, silence / 4));
+        let writer = tokio::spawn(write_all(write, outgoing, ALIVE.min(silence / 4)));
         let cut = writer.abort_handle();
         let reader = tokio::spawn(async move {
             if let Err(error) = read_all(read, &to, silence).await {
@@ -306,6 +309,10 @@ mod tests {
         let silence = Duration::from_millis(200);
         let (_a, mut b) = (Link::new(a, silence), Link::new(b, silence));
         assert!(timeout(Duration::from_millis(700), b.frame()).await.is_err(), "still connected");
+        // each goes by its own configuration, or by what was asked for one migration
+        let (a, b) = tokio::io::duplex(100);
+        let (_a, mut b) = (Link::new(a, Duration::from_secs(600)), Link::new(b, Duration::from_secs(1)));
+        assert!(timeout(Duration::from_millis(2500), b.frame()).await.is_err(), "still connected");
     }
 
     #[tokio::test]

@@ -146,9 +146,8 @@ impl Freezer {
             if pids.is_empty() {
                 return Ok(());
             }
-            if at_once {
-                self.write("cgroup.kill", "1")?;
-            } else {
+            // a threaded cgroup has the file and takes nothing
+            if !at_once || self.write("cgroup.kill", "1").is_err() {
                 for pid in pids {
                     // Gone meanwhile is as good.
                     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -170,13 +169,27 @@ impl Freezer {
     }
 }
 
+/// The process that a thread belongs to; none if it has ended, or is outside of our pid namespace (0).
+fn leader(tid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status.lines().find_map(|l| l.strip_prefix("Tgid:"))?.trim().parse().ok()
+}
+
 fn collect(dir: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
     let gone = |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV));
     match fs::read_to_string(dir.join("cgroup.procs")) {
         // 0 is a process outside of our pid namespace: none that we may touch.
         Ok(text) => pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|p| *p > 0)),
-        // A threaded cgroup lists its processes at the domain above it.
-        Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+        // A threaded cgroup lists its processes at the domain above it, where others are listed too; here it has its threads. runc
+        // makes such ones below a cgroup that holds processes itself.
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            match fs::read_to_string(dir.join("cgroup.threads")) {
+                Ok(text) => pids.extend(text.lines().filter_map(|l| leader(l.parse().ok()?))),
+                Err(e) if gone(&e) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(e) if gone(&e) => {}
         Err(e) => return Err(e),
     }
     let entries = match fs::read_dir(dir) {
@@ -190,4 +203,55 @@ fn collect(dir: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// What runc makes of a container's cgroup whose parent holds processes: `cgroup.procs` cannot be read, `cgroup.kill` does nothing.
+    #[test]
+    fn processes_in_a_threaded_cgroup_are_listed_and_killed() {
+        let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+            .map(Path::new)
+            .into_iter()
+            .find(|d| d.join("cgroup.procs").exists() && !d.join("freezer.state").exists());
+        let dir = root.map(|r| r.join(format!("transship-threaded-{}", std::process::id())));
+        let Some(dir) = dir.filter(|d| fs::create_dir_all(d.join("c")).is_ok()) else {
+            return println!("skipped: no cgroup v2 that we may write to");
+        };
+        fs::write(dir.join("c/cgroup.type"), "threaded").unwrap();
+        let mut child = Command::new("sleep").arg("60").stdin(Stdio::null()).spawn().unwrap();
+        fs::write(dir.join("cgroup.procs"), child.id().to_string()).unwrap();
+        fs::write(dir.join("c/cgroup.threads"), child.id().to_string()).unwrap();
+        assert_eq!(
+            fs::read(dir.join("c/cgroup.procs")).unwrap_err().raw_os_error(),
+            Some(libc::EOPNOTSUPP),
+            "it is threaded"
+        );
+        let freezer = Freezer::at(Kind::V2, dir.join("c"));
+        let listed = freezer.pids();
+        let killer = {
+            let freezer = freezer.clone();
+            std::thread::spawn(move || freezer.kill_all(Duration::from_secs(5)))
+        };
+        // a zombie is listed until it is collected
+        let until = Instant::now() + Duration::from_secs(5);
+        let mut ended = None;
+        while ended.is_none() && Instant::now() < until {
+            ended = child.try_wait().unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        let killed = killer.join().unwrap();
+        for d in [dir.join("c"), dir] {
+            fs::remove_dir(d).unwrap();
+        }
+        assert_eq!(listed.unwrap(), [child.id() as i32].into());
+        assert!(ended.is_some(), "it was not killed");
+        killed.unwrap();
+    }
 }

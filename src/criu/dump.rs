@@ -14,6 +14,7 @@
 //! With [`MemoryMode::Parent`] CRIU does not touch memory: it is told that there are parent images which have every clean page, and that
 //! no page is dirty. With [`Worker::conceal`] it finds no page in shared memory either. What it then reports is the list of pages that belong to the container; their content is the caller's.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -114,8 +115,10 @@ pub struct PreparedDump {
 /// What a worker of [`MemoryMode::Parent`] stands on.
 enum Memory {
     Full,
-    /// The kernel has soft-dirty bits: they are cleared before the dump.
-    SoftDirty,
+    /// The kernel has soft-dirty bits: they are cleared before the dump, which may have been done.
+    SoftDirty {
+        cleared: bool,
+    },
     /// CRIU takes a copy of its cache for the truth: the copy, and what it is mounted on.
     Kdat(tempfile::NamedTempFile, #[allow(dead_code, reason = "lives as long as the mount")] MountPoint),
 }
@@ -157,7 +160,7 @@ impl Criu {
             MemoryMode::Parent => {
                 let kdat = self.kdat()?;
                 if kdat.soft_dirty {
-                    Memory::SoftDirty
+                    Memory::SoftDirty { cleared: false }
                 } else {
                     let mut copy =
                         tempfile::NamedTempFile::new().context("making a file for CRIU's kerndat")?;
@@ -211,6 +214,17 @@ impl PreparedDump {
         self.worker.pid().as_raw()
     }
 
+    /// Where CRIU goes by soft-dirty bits: clears those of these tasks, which takes some 20 ms for each GiB and so is better done while
+    /// they still run. What they write from now on comes with its bytes, everything else as holes. No pids: somebody else has
+    /// cleared them. Without this call the dump does it.
+    pub fn forget_writes(&mut self, pids: impl IntoIterator<Item = i32>) -> Result<()> {
+        if let Memory::SoftDirty { cleared } = &mut self.memory {
+            clear_soft_dirty(pids)?;
+            *cleared = true;
+        }
+        Ok(())
+    }
+
     /// Dumps a frozen process tree. CRIU is never stopped half-way: when `on_pages` or `on_post_dump` fails, the rest is drained, CRIU
     /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
     pub fn dump(self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
@@ -242,8 +256,8 @@ impl PreparedDump {
             opts.track_mem = Some(true);
         }
         match &memory {
-            Memory::Full => {}
-            Memory::SoftDirty => forget_writes(&opts)?,
+            Memory::Full | Memory::SoftDirty { cleared: true } => {}
+            Memory::SoftDirty { cleared: false } => clear_soft_dirty(to_dump(&opts)?)?,
             Memory::Kdat(copy, _) => ensure!(
                 is_mounted(copy, worker.pid().as_raw()),
                 "another CRIU has removed {} meanwhile",
@@ -363,13 +377,17 @@ fn is_mounted(copy: &tempfile::NamedTempFile, worker: i32) -> bool {
     seen.is_some() && seen == inode(copy.as_file().metadata())
 }
 
-/// Clears the soft-dirty bits of all that is to be dumped, so that nothing counts as written.
-fn forget_writes(opts: &CriuOpts) -> Result<()> {
+/// The processes that a dump will find.
+fn to_dump(opts: &CriuOpts) -> Result<BTreeSet<i32>> {
     let pid = opts.pid.context("no init to dump")?;
-    let pids = match opts.freeze_cgroup {
-        Some(_) => Freezer::of_pid(pid)?.pids()?,
-        None => [pid].into(),
-    };
+    match opts.freeze_cgroup {
+        Some(_) => Freezer::of_pid(pid)?.pids(),
+        None => Ok([pid].into()),
+    }
+}
+
+/// Clears soft-dirty bits, so that nothing counts as written. A task that has ended has none.
+fn clear_soft_dirty(pids: impl IntoIterator<Item = i32>) -> Result<()> {
     for pid in pids {
         match std::fs::write(format!("/proc/{pid}/clear_refs"), "4") {
             Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {

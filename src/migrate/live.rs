@@ -2,7 +2,7 @@
 //! read from the frozen tasks by us at the same time; pages that nobody has sent yet follow, or stay here for the post-copy.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::path::Path;
 use std::sync::mpsc;
@@ -31,7 +31,7 @@ use crate::criu::page_server::{PE_PARENT, page_size};
 use crate::criu::tar::staged::Table;
 use crate::criu::{DumpRequest, ImageKind, Listing, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
-use crate::memory::tracker::{Found, Source, Task, tasks};
+use crate::memory::tracker::{Found, Source, Task, TrackerKind, tasks};
 use crate::memory::{RangeSet, Space, maps};
 use crate::rootfs::KeptTimes;
 
@@ -68,14 +68,22 @@ pub(super) fn freeze(
     moving: &mut Moving<'_>,
     clock: &mut Clock,
 ) -> Result<Stopped> {
-    let Ahead { next, found: unsent, rounds, worker, tools } = ahead;
+    let Ahead { next, found: unsent, rounds, mut worker, tools } = ahead;
     let Moving { copier, layers, tmpfs } = moving;
     let post_copy = next == Next::FreezePostCopy;
+    // nothing was ever sent: there is nothing to compare with
+    let first = post_copy && rounds.is_empty();
     let (images, work) = (prepared.images(), prepared.work());
     let Prepared { freezer, netns, dir, rootfs, opts, descriptors, .. } = prepared;
     let clock = RefCell::new(clock);
     let phase = |name: &str| cx.phase(&clock, name);
     cx.go_on()?;
+    // a tracker by soft-dirty bits cleared them at its last look, and will ask what they say since
+    let mut uncleared = BTreeSet::new();
+    if first || copier.tracker() != TrackerKind::SoftDirty {
+        uncleared = freezer.pids().context("listing the tasks")?;
+    }
+    worker.forget_writes(uncleared)?;
     phase("freeze");
     let (still, carry, entering) = Still::enter(task, freezer, netns)?;
     let since = still.since();
@@ -89,10 +97,16 @@ pub(super) fn freeze(
     items.add("quiesce", entering.freeze_ms + entering.fence_ms, entering.quiesce_ms);
 
     copier.hurry(true);
-    // where nothing was ever sent there is nothing to compare with
-    let looked = !post_copy || !rounds.is_empty();
+    // CRIU clears soft-dirty bits while it dumps; no other tracker minds
+    let mut unsent = Some(unsent).filter(|_| !first);
+    let mut looked = None;
+    if copier.tracker() == TrackerKind::SoftDirty
+        && let Some(unsent) = unsent.take()
+    {
+        looked = Some(merge(unsent, copier.look(&tasks, true)?));
+    }
     let shared = copier.take_shared();
-    let listed_in_files = looked && !copier.knows_shared();
+    let listed_in_files = !first && !copier.knows_shared();
 
     phase("dump");
     let at = items.now();
@@ -155,7 +169,11 @@ pub(super) fn freeze(
         // nowhere: no image names it.
         let last = scope.spawn(move || -> Result<_> {
             let scanned = millis(since.elapsed());
-            let mut found = if looked { merge(unsent, copier.look(tasks, true)?) } else { Vec::new() };
+            let mut found = match (looked, unsent) {
+                (Some(found), _) => found,
+                (None, Some(unsent)) => merge(unsent, copier.look(tasks, true)?),
+                (None, None) => Vec::new(),
+            };
             keep_from_code(&mut found);
             // CRIU brings it, and its content says what is missing
             found.retain(|f| f.space.kind == ImageKind::Pid);

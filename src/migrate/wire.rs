@@ -21,6 +21,9 @@ use super::codec::{self, CodecError, Decoder, Kind};
 use super::protocol::Failure;
 use super::tls_io::TlsIo;
 
+/// The shortest silence that a side may go by ([`crate::agent::config::Config::silence`]).
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
+
 /// The connection to the peer is lost: broken, closed or silent.
 #[derive(Debug)]
 pub struct Lost(String);
@@ -154,9 +157,9 @@ impl Wire {
         self.io.flush().map_err(|e| self.lost(e))
     }
 
-    /// A sign of life, if nothing was sent for a fifth of the deadline.
+    /// A sign of life, if nothing was sent for a fifth of the deadline. The peer may go by one of its own: the shortest counts.
     pub fn alive(&mut self) -> Result<()> {
-        if self.last_sent.elapsed() > self.silence / 5 {
+        if self.last_sent.elapsed() > self.silence.min(SHORTEST_SILENCE) / 5 {
             self.frame(Kind::Heartbeat, &[])?;
             self.flush()?;
         }
@@ -330,6 +333,16 @@ mod tests {
         a.json(Kind::Commit, &Commit {}).unwrap();
         a.flush().unwrap();
         b.expect::<Commit>(Kind::Commit).unwrap();
+    }
+
+    #[test]
+    fn a_sign_of_life_does_not_wait_for_a_long_limit() {
+        let (mut a, _b) = pair(Duration::from_secs(600));
+        a.alive().unwrap();
+        assert_eq!(a.bytes().0, 0, "it has just begun");
+        std::thread::sleep(SHORTEST_SILENCE / 4);
+        a.alive().unwrap();
+        assert!(a.bytes().0 > 0);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -83,6 +84,14 @@ pub struct Bed {
     agents: bool,
 }
 
+/// All limits of the scenarios are for a machine of ordinary speed. TRANSSHIP_TEST_SLOW=N multiplies them: `hack/vm`'s processor is
+/// emulated.
+pub fn patient(limit: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    let given = || std::env::var("TRANSSHIP_TEST_SLOW").ok().and_then(|f| f.parse().ok());
+    limit * *FACTOR.get_or_init(|| given().unwrap_or(1))
+}
+
 /// What a clean-up may take before what is left counts as leaked.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -139,7 +148,8 @@ impl Bed {
 
     /// Runs a command in a node, whatever it ends with. One that hangs (ctr does when its stdin ends too early) ends with 124.
     pub fn run(&self, node: Node, args: &[&str]) -> Result<Output> {
-        let guarded: Vec<_> = ["timeout", "-k", "2", "90"].iter().chain(args).copied().collect();
+        let limit = patient(Duration::from_secs(90)).as_secs().to_string();
+        let guarded: Vec<_> = ["timeout", "-k", "2", &limit].iter().chain(args).copied().collect();
         self.command(node, &guarded).output().with_context(|| format!("{args:?} in node {}", node.name()))
     }
 
@@ -208,7 +218,7 @@ impl Bed {
             if leaks.is_empty() {
                 return Ok(());
             }
-            ensure!(start.elapsed() < SETTLE, "left behind:\n  {}", leaks.join("\n  "));
+            ensure!(start.elapsed() < patient(SETTLE), "left behind:\n  {}", leaks.join("\n  "));
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -246,7 +256,7 @@ fn succeeded(output: &Output, what: &str) -> Result<String> {
 pub fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !condition()? {
-        ensure!(start.elapsed() < limit, "{what}: not within {limit:?}");
+        ensure!(start.elapsed() < patient(limit), "{what}: not within {:?}", patient(limit));
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())

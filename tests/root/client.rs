@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::bed::{Bed, wait_for};
+use crate::bed::{Bed, patient, wait_for};
 
 /// A client that is running; stopped when dropped.
 pub struct Client {
@@ -47,7 +47,7 @@ impl Client {
         self.signal(nix::sys::signal::Signal::SIGTERM);
         let start = Instant::now();
         while self.child.try_wait()?.is_none() {
-            ensure!(start.elapsed() < Duration::from_secs(60), "ts-client does not end");
+            ensure!(start.elapsed() < patient(Duration::from_secs(60)), "ts-client does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
         let mut text = String::new();

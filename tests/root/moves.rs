@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::bed::{Bed, Node, wait_for};
+use crate::bed::{Bed, Node, patient, wait_for};
 use crate::container::{self, Run};
 
 /// A redis that runs in a pod of its own.
@@ -44,7 +44,8 @@ pub struct Outcome {
 
 /// `transship migrate`, whatever it comes to. `options`: further options of it.
 pub fn attempt(bed: &Bed, id: &str, from: Node, to: &str, options: &[&str]) -> Result<Outcome> {
-    let line = ["timeout", "120", "transship", "migrate", id, "--to", to, "--json"];
+    let limit = patient(Duration::from_secs(120)).as_secs().to_string();
+    let line = ["timeout", &limit, "transship", "migrate", id, "--to", to, "--json"];
     let output = bed.run(from, &line.iter().chain(options).copied().collect::<Vec<_>>())?;
     let stdout = String::from_utf8_lossy(&output.stdout);
     let json = stdout.lines().last().map_or(Ok(Value::Null), serde_json::from_str);

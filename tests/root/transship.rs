@@ -1,9 +1,11 @@
 //! The command `transship` in a node, as a script would use it: `--json`, the exit status, and one object as the last line.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::bed::{Bed, Node};
+use crate::bed::{Bed, Node, patient};
 
 /// What a run of it came to.
 pub struct Said {
@@ -25,7 +27,8 @@ impl Said {
 /// Runs `transship ARGS --json`, whatever it ends with. Fails unless stdout is exactly one line that is one object, which has the
 /// exit status in it.
 pub fn attempt(bed: &Bed, node: Node, args: &[&str]) -> Result<Said> {
-    attempt_with(bed, node, &["timeout", "60", "transship"], args)
+    let limit = patient(Duration::from_secs(60)).as_secs().to_string();
+    attempt_with(bed, node, &["timeout", &limit, "transship"], args)
 }
 
 /// The same with another beginning of the command line (`env X=Y transship`).

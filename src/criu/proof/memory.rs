@@ -234,3 +234,37 @@ fn shared_memory_is_left_alone() {
         }
     }
 }
+
+/// With soft-dirty bits cleared ahead of the freeze, what was written since comes with its bytes, and all else as holes.
+#[test]
+#[ignore = "needs root and CRIU"]
+fn writes_after_the_clearing_are_brought() {
+    use std::os::unix::fs::FileExt;
+    if let Some(reason) = skip_reason() {
+        return println!("SKIPPED: {reason}");
+    }
+    let criu = Criu::find(Some(std::path::Path::new(super::CRIU))).unwrap();
+    let modes = criu.memory_modes();
+    assert_eq!(modes.best, MemoryMode::Parent);
+    if !modes.soft_dirty {
+        return println!("SKIPPED: no soft-dirty bits here");
+    }
+    let parent = Worker { memory: MemoryMode::Parent, ..Worker::default() };
+    let mut prepared = criu.prepare_dump(&parent).unwrap();
+    let subject = Subject::start(16, 0, prepared.pid()).unwrap();
+    prepared.forget_writes([subject.pid()]).unwrap();
+    let [private, _] = subject.addresses;
+    let memory = std::fs::File::options().write(true).open(format!("/proc/{}/mem", subject.pid())).unwrap();
+    let written = [5, 6, 900];
+    for page in written {
+        memory.write_at(b"after the clearing", private + page * 4096).unwrap();
+    }
+    let (_, _, seen) = subject.dump(prepared, Listing::Sent).unwrap();
+    let is_hole = |page: u64| {
+        let at = private + page * 4096;
+        seen.holes.iter().any(|h| h.0 == ImageKind::Pid && (h.1..h.1 + h.2).contains(&at))
+    };
+    let brought: Vec<u64> = (0..16 * 256).filter(|p| !is_hole(*p)).collect();
+    assert_eq!(brought, written);
+    assert!(seen.bytes[&ImageKind::Pid] < 1 << 20, "{:?}", seen.bytes);
+}

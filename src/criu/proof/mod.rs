@@ -25,8 +25,8 @@ use super::{Criu, DumpRequest, Listing, MemoryMode, PageStore, Worker, images, s
 use crate::cgroup::Freezer;
 use crate::memory::tracker::tasks;
 
-const RUNCS: [&str; 2] = ["/opt/testbed/p13/bin/runc", "/opt/testbed/pforky/bin/runc"];
-const CRIU: &str = "/opt/criu/bin/criu";
+const RUNCS: [&str; 2] = ["/opt/transship/containerd-1.7/bin/runc", "/opt/transship/containerd-2.1/bin/runc"];
+const CRIU: &str = "/opt/transship/criu/bin/criu";
 const SCRATCH: &str = "/tmp/tcr";
 const SOON: Duration = Duration::from_secs(10);
 

@@ -44,7 +44,7 @@ impl Family {
         command
             .args(["--exact", &child::name(), "--nocapture"])
             .env(child::VARIABLE, format!("{deeds}:{seed}"));
-        command.stdout(Stdio::null());
+        command.stdout(Stdio::piped());
         let cgroup = cgroup();
         let procs =
             cgroup.as_ref().and_then(|c| File::options().write(true).open(c.join("cgroup.procs")).ok());
@@ -59,7 +59,10 @@ impl Family {
                 Ok(())
             })
         };
-        Self { first: command.spawn().unwrap(), cgroup }
+        let mut first = command.spawn().unwrap();
+        // it closes it when it begins: a test binary takes a while to start where the processor is emulated
+        std::io::copy(&mut first.stdout.take().unwrap(), &mut std::io::sink()).unwrap();
+        Self { first, cgroup }
     }
 
     pub fn pid(&self) -> i32 {
