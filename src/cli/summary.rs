@@ -101,7 +101,14 @@ fn memory(shim: &ShimReport) -> String {
     let faults = &shim.faults;
     if faults.total() > 0 {
         there.push(format!("{} faults served there", faults.local));
-        there.push(format!("{} asked of the source", faults.remote));
+        let took = match faults.remote_us {
+            (0, _) => String::new(),
+            (median, p99) => {
+                let ms = |us: u64| units::ms(us as f64 / 1e3);
+                format!(" ({} median, {} p99)", ms(median), ms(p99))
+            }
+        };
+        there.push(format!("{} asked of the source{took}", faults.remote));
         there.push(format!("{} of zero pages", faults.zero));
     }
     line("faults", &there);

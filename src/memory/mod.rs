@@ -3,7 +3,7 @@
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | [`range`] | sets of address ranges |
+//! | [`range`], [`scattered`] | sets of address ranges: to combine as a whole, and to change in the middle |
 //! | [`maps`] | a task's mappings, from /proc |
 //! | [`inject`] | one system call inside a running task (ptrace) |
 //! | [`tracker`] | which pages were written since the last look: userfaultfd write protection, soft-dirty, hashes |
@@ -27,11 +27,13 @@ pub mod maps;
 pub mod range;
 pub mod rate;
 pub mod read;
+pub mod scattered;
 pub mod sets;
 pub mod store;
 pub mod tracker;
 
 pub use range::RangeSet;
+pub use scattered::Scattered;
 
 use crate::criu::ImageKind;
 

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{RangeSet, Space};
+use super::{RangeSet, Scattered, Space};
 use crate::criu::page_server::page_size;
 
 /// Size of each file, and so the end of the addresses: five-level page tables give tasks 56 bits on x86_64, 52 on aarch64.
@@ -27,7 +27,7 @@ pub const ADDRESSES: u64 = 1 << 57;
 struct Held {
     file: File,
     /// Pages whose bytes are in the file.
-    data: RangeSet,
+    data: Scattered,
     /// Pages known to be zero; nothing of them is in the file.
     zero: RangeSet,
 }
@@ -74,7 +74,7 @@ impl Store {
                 let file = File::from(fd);
                 // So that a read of any address finds zeros instead of the end of the file.
                 file.set_len(ADDRESSES).context("sizing a memfd for pages")?;
-                place.insert(Held { file, data: RangeSet::new(), zero: RangeSet::new() })
+                place.insert(Held { file, data: Scattered::new(), zero: RangeSet::new() })
             }
         })
     }
@@ -108,14 +108,14 @@ impl Store {
     /// Takes the bytes of a range out and gives their memory back; returns how many there were.
     fn punch(&mut self, space: Space, range: &Range<u64>) -> Result<u64> {
         let Some(held) = self.spaces.get_mut(&space) else { return Ok(0) };
-        let mut gone = 0;
-        for r in held.data.overlapping(range.clone()) {
-            let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            fallocate(&held.file, how, r.start as i64, (r.end - r.start) as i64)
-                .context("giving pages back")?;
-            gone += r.end - r.start;
-        }
-        held.data.remove(range.clone());
+        let mut runs = held.data.overlapping(range.clone());
+        let Some(first) = runs.next() else { return Ok(0) };
+        let end = runs.last().map_or(first.end, |last| last.end);
+        // one call for them all: there is nothing in the file between them
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&held.file, how, first.start as i64, (end - first.start) as i64)
+            .context("giving pages back")?;
+        let gone = held.data.remove(range.clone());
         self.bytes -= gone;
         Ok(gone)
     }
@@ -139,12 +139,12 @@ impl Store {
 
     /// Everything put or zeroed.
     pub fn covered(&self, space: Space) -> RangeSet {
-        self.spaces.get(&space).map(|h| h.data.union(&h.zero)).unwrap_or_default()
+        self.spaces.get(&space).map(|h| h.data.to_set().union(&h.zero)).unwrap_or_default()
     }
 
     /// What there are bytes of.
     pub fn data(&self, space: Space) -> RangeSet {
-        self.spaces.get(&space).map(|h| h.data.clone()).unwrap_or_default()
+        self.spaces.get(&space).map(|h| h.data.to_set()).unwrap_or_default()
     }
 
     /// Every space that anything was put or zeroed in.
@@ -179,6 +179,12 @@ impl Store {
     pub fn read_at(&self, space: Space, vaddr: u64, into: &mut [u8]) -> Result<()> {
         let end = vaddr.checked_add(into.len() as u64).context("reading past the end of memory")?;
         let held = self.known(space, &(vaddr..end))?;
+        held.file.read_exact_at(into, vaddr).with_context(|| format!("reading stored pages at {vaddr:#x}"))
+    }
+
+    /// Reads, whatever is there: what is not stored is zeros. For a span of which only some pages are wanted.
+    pub fn read_span(&self, space: Space, vaddr: u64, into: &mut [u8]) -> Result<()> {
+        let held = self.spaces.get(&space).with_context(|| format!("nothing of {space:?} is stored"))?;
         held.file.read_exact_at(into, vaddr).with_context(|| format!("reading stored pages at {vaddr:#x}"))
     }
 

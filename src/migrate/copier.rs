@@ -44,7 +44,8 @@ pub(super) struct Copier {
     hurry: bool,
     /// What the destination has of shared memory.
     shared: shared::Sent,
-    sent: HashMap<Space, RangeSet>,
+    /// None when nobody asks any more.
+    sent: Option<HashMap<Space, RangeSet>>,
     sources: HashMap<Space, Source>,
 }
 
@@ -64,7 +65,7 @@ impl Copier {
             limiter: Limiter::new(tuning.bandwidth.unwrap_or(0)),
             hurry: false,
             shared: shared::Sent::default(),
-            sent: HashMap::new(),
+            sent: Some(HashMap::new()),
             sources: HashMap::new(),
         })
     }
@@ -78,8 +79,9 @@ impl Copier {
     pub fn look(&mut self, tasks: &[Task], last: bool) -> Result<Vec<Found>> {
         let found = self.tracker.look(tasks, last).context("asking which pages were written")?;
         for f in &found {
-            let sent = self.sent.entry(f.space).or_default();
-            *sent = sent.difference(&f.written);
+            if let Some(sent) = self.sent.as_mut().and_then(|s| s.get_mut(&f.space)) {
+                *sent = sent.difference(&f.written);
+            }
             self.sources.insert(f.space, f.source.clone());
         }
         Ok(found)
@@ -111,7 +113,20 @@ impl Copier {
 
     /// Of these pages, those whose latest content the destination does not have.
     pub fn unsent(&self, space: Space, pages: &RangeSet) -> RangeSet {
-        self.sent.get(&space).map_or_else(|| pages.clone(), |sent| pages.difference(sent))
+        let sent = self.sent.as_ref().and_then(|s| s.get(&space));
+        sent.map_or_else(|| pages.clone(), |sent| pages.difference(sent))
+    }
+
+    /// The freeze is over: what was sent is not asked for any more, and whoever sends knows best how to keep to the bandwidth
+    /// (see [`Copier::owed`]).
+    pub fn past_the_freeze(&mut self) {
+        self.sent = None;
+        self.hurry = true;
+    }
+
+    /// How long to wait after so many bytes, by the bandwidth limit.
+    pub fn owed(&mut self, bytes: u64) -> Duration {
+        self.limiter.take(bytes, Instant::now())
     }
 
     /// What the destination has of shared memory; taken once, in the freeze.
@@ -151,7 +166,8 @@ impl Copier {
         copied: &mut Copied,
     ) -> Result<()> {
         let Copier { tracker, shared, reader, compressor, meter, limiter, sent, .. } = self;
-        let sent = sent.entry(space).or_default();
+        // pages come in ascending order: collected here and added once, else a set of many ranges is moved about for each page
+        let mut done = RangeSet::new();
         let is_shared = space.kind == ImageKind::Shmem;
         let (compares, hurry) = (tracker.wants_sent(), self.hurry);
         let mut told = copied.bytes + copied.zero_bytes;
@@ -174,7 +190,7 @@ impl Copier {
             match &chunk {
                 Chunk::Data { vaddr, bytes } => {
                     copied.bytes += bytes.len() as u64;
-                    sent.insert(*vaddr..*vaddr + bytes.len() as u64);
+                    done.insert(*vaddr..*vaddr + bytes.len() as u64);
                     if is_shared {
                         shared.note(space, *vaddr, bytes);
                     }
@@ -184,7 +200,7 @@ impl Copier {
                 }
                 Chunk::Zero { vaddr, len } => {
                     copied.zero_bytes += len;
-                    sent.insert(*vaddr..*vaddr + len);
+                    done.insert(*vaddr..*vaddr + len);
                     if is_shared {
                         shared.note_zero(space, *vaddr, *len);
                     }
@@ -199,10 +215,15 @@ impl Copier {
                 None => Ok(()),
             }
         })?;
-        match builder.finish() {
-            Some(payload) => ship(payload, &mut builder, copied),
-            None => Ok(()),
+        if let Some(payload) = builder.finish() {
+            ship(payload, &mut builder, copied)?;
         }
+        // an error above ends the migration: then nobody asks
+        if let Some(sent) = sent {
+            let sent = sent.entry(space).or_default();
+            *sent = if sent.is_empty() { done } else { sent.union(&done) };
+        }
+        Ok(())
     }
 
     /// Bytes of memory per second that reach the peer, as far as it is known.

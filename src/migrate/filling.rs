@@ -18,7 +18,9 @@ use super::link::Link;
 use super::protocol::{Failure, Filled};
 use super::report::{Faults, millis};
 use crate::criu::plan::Plan;
-use crate::memory::daemon::{Daemon, DaemonConfig, DaemonCtl, DaemonEvent, Keeper, LazySets, Remote, SOCKET};
+use crate::memory::daemon::{
+    Came, Daemon, DaemonConfig, DaemonCtl, DaemonEvent, Keeper, LazySets, Remote, SOCKET,
+};
 use crate::memory::read::Chunk;
 use crate::memory::sets::encode_want;
 use crate::memory::store::Store;
@@ -79,6 +81,8 @@ impl Started {
                         local: stats.faults_local,
                         remote: stats.faults_remote,
                         zero: stats.faults_zero,
+                        local_us: (stats.fault_median_us, stats.fault_p99_us),
+                        remote_us: (stats.remote_median_us, stats.remote_p99_us),
                     },
                     store_peak_bytes: stats.store_peak_bytes,
                     fill_bytes: stats.filled_bytes,
@@ -280,25 +284,24 @@ impl Remote for Peer {
         wire.flush()
     }
 
-    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<bool> {
-        loop {
-            let early = self.shared.state().inbox.pop_front();
-            if let Some(payload) = early {
-                self.put(&payload, put)?;
-                continue;
-            }
-            if self.done {
-                return Ok(true);
-            }
-            let link = self.link.clone();
-            let mut wire = link.wire();
-            match wire.try_recv()? {
-                None => return Ok(false),
-                Some(Kind::Memory) => self.put(wire.payload(), put)?,
-                Some(Kind::MemoryDone) => self.done = true,
-                Some(Kind::Failed) => return Err(wire.message::<Failure>()?.into()),
-                Some(kind) => bail!("the source sent {kind:?} during the post-copy"),
-            }
+    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<Came> {
+        let early = self.shared.state().inbox.pop_front();
+        if let Some(payload) = early {
+            self.put(&payload, put)?;
+            return Ok(Came::Something);
         }
+        if self.done {
+            return Ok(Came::Everything);
+        }
+        let link = self.link.clone();
+        let mut wire = link.wire();
+        match wire.try_recv()? {
+            None => return Ok(Came::Nothing),
+            Some(Kind::Memory) => self.put(wire.payload(), put)?,
+            Some(Kind::MemoryDone) => self.done = true,
+            Some(Kind::Failed) => return Err(wire.message::<Failure>()?.into()),
+            Some(kind) => bail!("the source sent {kind:?} during the post-copy"),
+        }
+        Ok(Came::Something)
     }
 }

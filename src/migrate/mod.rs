@@ -40,7 +40,7 @@
 //! | [`capture`] | the freeze with one copy of everything |
 //! | [`live`] | the freeze of a live migration |
 //! | [`code_pages`], [`shared`] | what CRIU changes for a moment; what of shared memory need not be sent again |
-//! | [`postcopy`] | pages that follow after the commit, on the source |
+//! | [`postcopy`], [`remains`] | pages that follow after the commit, on the source: sent; which of them next (pure) |
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
 //! | [`destination`] | what both forms of an arrival share; one copy of everything received |
 //! | [`arrival`] | a live migration received |
@@ -73,6 +73,7 @@ mod precopy;
 mod prepared;
 pub mod protocol;
 pub mod quantity;
+mod remains;
 pub mod report;
 mod shared;
 pub mod source;

@@ -1,27 +1,31 @@
 //! Post-copy on the source: the tasks run on the destination, their last pages are still here. What a task waits for goes
 //! first, the rest follows in the background. The frozen copy is kept until the destination has everything.
 
-use std::collections::VecDeque;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 use serde::de::DeserializeOwned;
 
 use super::capture::Context;
 use super::codec::Kind;
 use super::copier::Copier;
-use super::live::Left;
 use super::protocol::{Failure, Filled};
+use super::remains::Remains;
 use super::report::{PostCopy, Sample, millis};
 use crate::control::Event;
-use crate::criu::ImageKind;
 use crate::memory::sets::decode_want;
 use crate::memory::tracker::Task;
 use crate::memory::{RangeSet, Space};
 
-/// Bytes of one background step: what a fault's answer may have to wait for.
-const STEP: u64 = 256 << 10;
+/// How long one background step may take: what a fault's answer may have to wait for.
+const STEP: f64 = 0.001;
+/// The same in bytes, at least and at most.
+const STEP_BYTES: Range<u64> = 64 << 10..1 << 20;
 
 /// Between two samples of its course.
 const SAMPLE: Duration = Duration::from_millis(20);
@@ -44,34 +48,34 @@ pub(super) fn serve(
     cx: &Context<'_>,
     copier: &mut Copier,
     tasks: &[Task],
-    left: &mut Left,
+    left: &mut Remains,
 ) -> Result<(Served, Filled)> {
     let begun = Instant::now();
     let mut served = Served::default();
-    let mut wants = VecDeque::new();
-    let total: u64 = left.values().map(RangeSet::bytes).sum();
+    let total = left.bytes();
     let mut shown = 0;
-    let mut sampled = Instant::now();
+    let mut sampled = begun;
+    // the background stands still until then, by the bandwidth limit; answers do not
+    let mut resting = begun;
     cx.link.wire().low_latency(true);
-    while !left.is_empty() || !wants.is_empty() {
-        if let Some(filled) = take_wants(cx, &mut wants)? {
+    while !left.is_empty() {
+        if let Some(filled) = take_wants(cx, left, &mut served.wanted)? {
             // what is left here was unmapped there, or its tasks have ended
             left.clear();
             served.ms = millis(begun.elapsed());
             return Ok((served, filled));
         }
-        served.bytes += match wants.pop_front() {
-            Some((space, range)) => {
-                served.wanted += 1;
-                copier.hurry(true);
-                answer(cx, copier, tasks, left, space, range)?
-            }
-            None => {
-                let (space, pages) = next(left);
-                copier.hurry(false);
-                send_left(cx, copier, tasks, left, space, &pages)?
-            }
-        };
+        while let Some((space, pages)) = left.urgent() {
+            served.bytes += send(cx, copier, tasks, left, space, &pages)?.memory;
+        }
+        let rest = resting.saturating_duration_since(Instant::now());
+        if !rest.is_zero() {
+            wait_for_wants(cx, rest)?;
+        } else if let Some((space, pages)) = left.next(step(copier.rate())) {
+            let sent = send(cx, copier, tasks, left, space, &pages)?;
+            served.bytes += sent.memory;
+            resting = Instant::now() + copier.owed(sent.wire);
+        }
         if sampled.elapsed() > SAMPLE {
             sampled = Instant::now();
             served.course.sample(Sample {
@@ -89,6 +93,12 @@ pub(super) fn serve(
     cx.link.flush()?;
     served.ms = millis(begun.elapsed());
     Ok((served, filled(cx)?))
+}
+
+/// Bytes of one background step over a link that takes so many a second, whole pages.
+fn step(link_rate: Option<f64>) -> u64 {
+    let bytes = link_rate.map_or(STEP_BYTES.end, |rate| (rate * STEP) as u64);
+    bytes.clamp(STEP_BYTES.start, STEP_BYTES.end) & !(STEP_BYTES.start - 1)
 }
 
 /// Waits for this message. Pages that are still here and that somebody there needs before are sent meanwhile: `want` gets what
@@ -118,34 +128,44 @@ pub(super) fn answer(
     cx: &Context<'_>,
     copier: &mut Copier,
     tasks: &[Task],
-    left: &mut Left,
+    left: &mut Remains,
     space: Space,
     range: Range<u64>,
-) -> Result<u64> {
-    let pages = left.get(&space).map(|l| l.clip(range)).unwrap_or_default();
-    send_left(cx, copier, tasks, left, space, &pages)
+) -> Result<()> {
+    left.want(space, range)?;
+    while let Some((space, pages)) = left.urgent() {
+        send(cx, copier, tasks, left, space, &pages)?;
+    }
+    Ok(())
 }
 
-fn send_left(
+/// What was sent, in bytes.
+#[derive(Default)]
+struct Sent {
+    memory: u64,
+    wire: u64,
+}
+
+/// Sends pages that were taken out of `left`.
+fn send(
     cx: &Context<'_>,
     copier: &mut Copier,
     tasks: &[Task],
-    left: &mut Left,
+    left: &mut Remains,
     space: Space,
     pages: &RangeSet,
-) -> Result<u64> {
+) -> Result<Sent> {
     if pages.is_empty() {
-        return Ok(0);
+        return Ok(Sent::default());
     }
-    copier.send_late(space, tasks, pages, cx.link, &|_| Ok(()))?;
-    cx.link.flush()?;
-    if let Some(rest) = left.get_mut(&space) {
-        *rest = rest.difference(pages);
-        if rest.is_empty() {
-            left.remove(&space);
+    let sent = copier.send_late(space, tasks, pages, cx.link, &|_| Ok(()));
+    match sent.and_then(|copied| cx.link.flush().map(|()| copied)) {
+        Ok(copied) => Ok(Sent { memory: pages.bytes(), wire: copied.wire_bytes }),
+        Err(e) => {
+            left.give_back(space, pages);
+            Err(e)
         }
     }
-    Ok(pages.bytes())
 }
 
 /// Waits until the destination says that every page is in its place. What it asked for before the last pages came it has.
@@ -154,13 +174,14 @@ pub(super) fn filled(cx: &Context<'_>) -> Result<Filled> {
 }
 
 /// Takes the destination's requests; `Some` if it has all it needs.
-fn take_wants(cx: &Context<'_>, wants: &mut VecDeque<(Space, Range<u64>)>) -> Result<Option<Filled>> {
+fn take_wants(cx: &Context<'_>, left: &mut Remains, wanted: &mut u64) -> Result<Option<Filled>> {
     let mut wire = cx.link.wire();
     while let Some(kind) = wire.try_recv()? {
         match kind {
             Kind::MemoryWant => {
-                ensure!(wants.len() < 1 << 20, "the destination asks for more than it can use");
-                wants.push_back(decode_want(wire.payload())?);
+                let (space, range) = decode_want(wire.payload())?;
+                left.want(space, range)?;
+                *wanted += 1;
             }
             Kind::MemoryDone => return wire.message().map(Some),
             Kind::Failed => return Err(wire.message::<Failure>()?.into()),
@@ -171,21 +192,16 @@ fn take_wants(cx: &Context<'_>, wants: &mut VecDeque<(Space, Range<u64>)>) -> Re
     Ok(None)
 }
 
-/// The next pages in the background.
-fn next(left: &Left) -> (Space, RangeSet) {
-    let Some((space, pages)) = left.iter().next() else {
-        return (Space { kind: ImageKind::Pid, id: 0 }, RangeSet::new());
-    };
-    let (mut some, mut bytes) = (RangeSet::new(), 0);
-    for run in pages.iter() {
-        let end = run.end.min(run.start + (STEP - bytes));
-        bytes += end - run.start;
-        some.insert(run.start..end);
-        if bytes >= STEP {
-            break;
-        }
+/// Waits so long, or until the destination has said something.
+fn wait_for_wants(cx: &Context<'_>, rest: Duration) -> Result<()> {
+    let fd = cx.link.wire().fd();
+    // SAFETY: the connection is open as long as the context lives.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    match ppoll(&mut fds, Some(TimeSpec::from(rest.min(SAMPLE))), None) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(e) => Err(e).context("waiting for the destination"),
     }
-    (*space, some)
 }
 
 #[cfg(test)]
@@ -193,13 +209,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_background_goes_in_steps_from_the_lowest_address() {
-        let space = Space { kind: ImageKind::Pid, id: 7 };
-        let pages: RangeSet = [0..STEP / 2, STEP..3 * STEP].into_iter().collect();
-        let left = Left::from([(space, pages)]);
-        let (s, some) = next(&left);
-        assert_eq!((s, some.bytes()), (space, STEP));
-        assert_eq!(some.iter().collect::<Vec<_>>(), [0..STEP / 2, STEP..STEP + STEP / 2]);
-        assert!(next(&Left::new()).1.is_empty());
+    fn a_step_takes_about_a_millisecond() {
+        assert_eq!(step(None), 1 << 20);
+        assert_eq!(step(Some(125e6)), 64 << 10);
+        assert_eq!(step(Some(300e6)), 256 << 10);
+        assert_eq!((step(Some(10.0)), step(Some(1e12))), (64 << 10, 1 << 20));
     }
 }

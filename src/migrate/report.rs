@@ -118,6 +118,10 @@ pub struct Faults {
     pub remote: u64,
     /// Pages that never had content.
     pub zero: u64,
+    /// How long a page of the store took, median and 99th percentile, microseconds.
+    pub local_us: (u64, u64),
+    /// The same of pages that were asked of the source.
+    pub remote_us: (u64, u64),
 }
 
 impl Faults {

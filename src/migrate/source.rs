@@ -32,13 +32,14 @@ use super::prepared::Prepared;
 use super::protocol::{
     Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, VERSION, Welcome,
 };
+use super::remains::Remains;
 use super::report::{Clock, PostCopy, Report, Side, millis};
 pub use super::still::Still;
 use super::tuning::{OnPostCopyFailure, Tuning};
 use super::wire::Wire;
 use crate::control::{Event, Limits};
 use crate::criu::MemoryMode;
-use crate::memory::{RangeSet, Space};
+use crate::memory::Space;
 use crate::rootfs::WritableLayer;
 
 /// What the source needs of the shim's container.
@@ -171,15 +172,16 @@ fn send_live(
     let mut layers = Layers::new(&prepared.layer)?;
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, clock)?;
     let stopped = live::freeze(cx, task, prepared, ahead, &mut copier, &mut layers, clock)?;
-    let live::Stopped { still, tasks, report, mut left } = stopped;
+    let live::Stopped { still, tasks, report, left } = stopped;
+    let mut left = Remains::new(&left);
+    copier.past_the_freeze();
     let report = Report {
         mode: Some(if left.is_empty() { "pre-copy".into() } else { "post-copy".into() }),
         tracker: Some(copier.tracker().to_string()),
         compression: Some(cx.options.tuning.compress.to_string()),
         ..report
     };
-    let mut want =
-        |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range).map(drop);
+    let mut want = |space, range| postcopy::answer(cx, &mut copier, &tasks, &mut left, space, range);
     let (mut still, mut report) = match commit(cx, still, report, clock, &mut want)? {
         Committed::Undecided(still, lost) => return Ok(Outcome::Undecided(still, lost)),
         Committed::Runs(still, report) => (still, *report),
@@ -239,12 +241,12 @@ fn done(cx: &Context<'_>, mut report: Report, clock: &mut Clock) -> Report {
 }
 
 /// The connection broke, or the destination gave up, while pages were still here.
-fn lost(cx: &Context<'_>, mut still: Still, left: &live::Left, e: &anyhow::Error) -> Outcome {
+fn lost(cx: &Context<'_>, mut still: Still, left: &Remains, e: &anyhow::Error) -> Outcome {
     let choice = cx.options.tuning.on_post_copy_failure;
     let loss = Loss {
         node: cx.options.node.clone(),
         peer: cx.options.peer.clone(),
-        bytes: left.values().map(RangeSet::bytes).sum(),
+        bytes: left.bytes(),
         choice,
         cause: format!("{e:#}"),
     };

@@ -360,7 +360,8 @@ impl Receiver {
                 let set = if kind == Kind::HotPages { &mut memory.hot } else { &mut memory.remote };
                 let (space, ranges) = decode_ranges(payload)?;
                 let all = set.entry(space).or_default();
-                *all = all.union(&ranges);
+                // frames follow in ascending order: this only appends
+                ranges.iter().for_each(|range| all.insert(range));
                 Ok(())
             }
             Kind::Frozen => {

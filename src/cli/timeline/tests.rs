@@ -65,7 +65,7 @@ fn live(rounds: u32, samples: u64) -> Report {
             post.sample(Sample { at_ms: 900.0 * share, left_bytes, faults: (share.sqrt() * 420.0) as u64 });
         }
         report.post_copy = Some(post);
-        report.faults = Faults { local: 812, remote: 420, zero: 77 };
+        report.faults = Faults { local: 812, remote: 420, zero: 77, ..Faults::default() };
         report.mode = Some("post-copy".into());
     } else {
         report.mode = Some("pre-copy".into());

@@ -49,7 +49,7 @@ pub enum Served {
     Local(u64, Range<u64>),
     /// Zeros.
     Zero,
-    /// To be asked for, addresses in the space.
+    /// To be asked for, the page's addresses in the space.
     Remote(Range<u64>),
     /// To be tried again.
     Later,
@@ -217,8 +217,8 @@ impl Consumer {
         let at = address & !(page - 1);
         let window = (at & !(tools.window - 1))..(at | (tools.window - 1)).saturating_add(1);
         if let Some(p) = self.remote.at(at) {
-            let (start, end) = (window.start.max(p.start), window.end.min(p.end));
-            return Ok(Served::Remote(p.image + (start - p.start)..p.image + (end - p.start)));
+            let image = p.image + (at - p.start);
+            return Ok(Served::Remote(image..image + page));
         }
         let Some(p) = self.local.at(at) else { return self.zero(at, window.end, page) };
         let (start, end) = (window.start.max(p.start), window.end.min(p.end));

@@ -14,9 +14,9 @@ use super::buffer::Buffer;
 use super::consumer::{Consumer, Served, Stop, Tools};
 use super::ctl::{Histogram, Order};
 use super::handshake::{Connection, Listener, Said};
-use super::pieces::Pieces;
+use super::pieces::{Pieces, Spent};
 use super::uffd::Event;
-use super::{DaemonConfig, DaemonCtl, DaemonEvent, DaemonStats, LazySets, Remote};
+use super::{Came, DaemonConfig, DaemonCtl, DaemonEvent, DaemonStats, LazySets, Remote};
 use crate::criu::ImageKind;
 use crate::criu::page_server::page_size;
 use crate::memory::read::Chunk;
@@ -29,9 +29,6 @@ const TICK: Duration = Duration::from_millis(100);
 const DYING: Duration = Duration::from_secs(5);
 /// While pages come in from the source, faults are looked for this often.
 const FAULTS_AT_LEAST: Duration = Duration::from_micros(200);
-/// Pages that were placed are taken out of the store once there are this many separate ranges.
-const FREE_AT: usize = 64;
-
 type Events<'e> = &'e mut dyn FnMut(DaemonEvent);
 
 pub(super) struct Engine {
@@ -47,7 +44,9 @@ pub(super) struct Engine {
     asked: BTreeMap<Space, RangeSet>,
     /// Found out while the source was being listened to.
     to_ask: Vec<(Space, Range<u64>)>,
-    to_free: Vec<(Space, Range<u64>)>,
+    to_free: Spent,
+    /// The source has sent more than was taken yet.
+    more: bool,
     ctl: DaemonCtl,
     stats: DaemonStats,
     local_times: Histogram,
@@ -117,7 +116,8 @@ impl Engine {
             remote,
             asked: BTreeMap::new(),
             to_ask: Vec::new(),
-            to_free: Vec::new(),
+            to_free: Spent::default(),
+            more: false,
             ctl,
             stats: DaemonStats::default(),
             local_times: Histogram::default(),
@@ -195,6 +195,9 @@ impl Engine {
     /// How long nothing has to be done if nothing happens.
     fn timeout(&self) -> Option<Duration> {
         let now = Instant::now();
+        if self.more {
+            return Some(Duration::ZERO);
+        }
         let mut until: Option<Instant> = None;
         let mut at = |t: Instant| until = Some(until.map_or(t, |u| u.min(t)));
         for c in &self.consumers {
@@ -353,18 +356,16 @@ impl Engine {
                 self.stats.faults_local += 1;
                 self.stats.fault_bytes += bytes;
                 self.local_times.add(read.elapsed());
-                self.to_free.push((space, images));
+                self.to_free.add(space, images);
             }
             Served::Zero => self.stats.faults_zero += 1,
-            Served::Remote(images) => {
+            Served::Remote(image) => {
                 c.waiting.entry(at & !(self.page - 1)).or_insert(read);
                 self.stats.faults_remote += 1;
-                let image = c.remote.at(at).map(|p| p.image + (at - p.start) / self.page * self.page);
                 let asked = self.asked.entry(space).or_default();
-                if image.is_some_and(|image| !asked.contains(image)) {
-                    let new = RangeSet::from(images.clone()).difference(asked);
-                    asked.insert(images);
-                    self.to_ask.extend(new.iter().map(|r| (space, r)));
+                if !asked.contains(image.start) {
+                    asked.insert(image.clone());
+                    self.to_ask.push((space, image));
                 }
             }
             Served::Later | Served::Nobody => {}
@@ -374,6 +375,7 @@ impl Engine {
 
     fn listen_to_source(&mut self, events: Events<'_>) -> Result<()> {
         self.ask(events);
+        self.more = false;
         let Some(mut remote) = self.remote.take() else { return Ok(()) };
         let mut ours = None;
         let taken = remote.take(&mut |space, chunk| {
@@ -389,11 +391,14 @@ impl Engine {
             return Err(e);
         }
         match taken {
-            Ok(false) => self.remote = Some(remote),
-            Ok(true)
+            Ok(came @ (Came::Nothing | Came::Something)) => {
+                self.more = came == Came::Something;
+                self.remote = Some(remote);
+            }
+            Ok(Came::Everything)
                 if self.consumers.iter().all(|c| c.remote.is_empty())
                     && self.planned.values().all(|p| p.1.is_empty()) => {}
-            Ok(true) => {
+            Ok(Came::Everything) => {
                 self.lose(&anyhow!("the source says that everything has come, but pages are missing"), events)
             }
             Err(e) => self.lose(&e, events),
@@ -514,27 +519,36 @@ impl Engine {
             order.filter(|i| ready(&self.consumers[*i])).partition(|i| !self.consumers[*i].child);
         let Some(i) = first.into_iter().chain(then).next() else { return Ok(()) };
         self.turn = i + 1;
-        let mut budget = self.cfg.batch;
-        while budget > 0 {
+        let (mut budget, mut end) = (self.cfg.batch, Stop::All);
+        'batch: while budget > 0 {
             let c = &mut self.consumers[i];
-            let Some(piece) = c.local.next(c.cursor).or_else(|| c.local.next(0)) else { break };
-            let len = (piece.end - piece.start).min(budget);
-            budget -= len;
-            let bytes = &mut self.buf[..len as usize];
-            self.store.read_at(c.space, piece.image, bytes)?;
-            let (placed, stop) = c.place(piece.start, bytes, self.page)?;
-            self.stats.filled_bytes += placed;
-            c.cursor = piece.start + len;
-            self.to_free.push((c.space, piece.image..piece.image + len));
-            if let Stop::NotMapped(at) = stop {
-                c.cursor = at + self.page;
-                // Its mapping may have gone in this moment: then an event is on its way, and nothing can be placed until it is read.
-                self.faults_of(i)?;
-                self.unplaced(i, at)?;
+            let mut group = c.local.group(c.cursor, budget);
+            if group.is_empty() {
+                group = c.local.group(0, budget);
             }
-            if stop != Stop::All {
-                break;
+            let (Some(first), Some(last)) = (group.first(), group.last()) else { break };
+            let from = first.image;
+            let bytes = &mut self.buf[..(last.images().end - from) as usize];
+            self.store.read_span(c.space, from, bytes)?;
+            for piece in group {
+                let at = (piece.image - from) as usize;
+                let len = piece.end - piece.start;
+                let (placed, stop) = c.place(piece.start, &bytes[at..at + len as usize], self.page)?;
+                self.stats.filled_bytes += placed;
+                budget = budget.saturating_sub(len);
+                c.cursor = piece.end;
+                self.to_free.add(c.space, piece.images());
+                if stop != Stop::All {
+                    end = stop;
+                    break 'batch;
+                }
             }
+        }
+        if let Stop::NotMapped(at) = end {
+            self.consumers[i].cursor = at + self.page;
+            // Its mapping may have gone in this moment: then an event is on its way, and nothing can be placed until it is read.
+            self.faults_of(i)?;
+            self.unplaced(i, at)?;
         }
         self.free()
     }
@@ -559,10 +573,10 @@ impl Engine {
 
     /// Gives back what nobody waits for any more. With several consumers of a space that is known when all but one have gone.
     fn free(&mut self) -> Result<()> {
-        if self.to_free.len() < FREE_AT {
+        if !self.to_free.enough() {
             return Ok(());
         }
-        for (space, range) in std::mem::take(&mut self.to_free) {
+        for (space, range) in self.to_free.take() {
             let mut users = self.consumers.iter().filter(|c| c.space == space);
             let (Some(user), None) = (users.next(), users.next()) else { continue };
             let waits = user.local.images_within(range.clone());

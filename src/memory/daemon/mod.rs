@@ -52,10 +52,22 @@ pub const SOCKET: &str = "lazy-pages.socket";
 pub trait Remote: Send {
     /// Readable when there is something to [`Remote::take`].
     fn fd(&self) -> RawFd;
-    /// Asks for pages before all others. Does not wait for them.
+    /// Asks for a page that somebody waits for, before all others; what is around it is the source's to guess. Does not wait for it.
     fn ask(&mut self, space: Space, range: Range<u64>) -> Result<()>;
-    /// Takes what has come, without waiting; `true`: everything has come. An error is the end of the source or of the link.
-    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<bool>;
+    /// Takes a piece of what has come (about a megabyte at most: faults wait meanwhile), without waiting. An error is the end
+    /// of the source or of the link.
+    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<Came>;
+}
+
+/// What there was to [`Remote::take`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Came {
+    /// Nothing; the descriptor tells when to come again.
+    Nothing,
+    /// Something, and more may be there: come again.
+    Something,
+    /// Nothing, and nothing will: everything has come.
+    Everything,
 }
 
 /// How the daemon works.

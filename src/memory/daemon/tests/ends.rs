@@ -16,8 +16,8 @@ pub fn doomed_daemon(args: &[String]) -> i32 {
             println!("asked");
             Ok(())
         }
-        fn take(&mut self, _: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<bool> {
-            Ok(false)
+        fn take(&mut self, _: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<Came> {
+            Ok(Came::Nothing)
         }
     }
     let mut cfg = DaemonConfig::new(PathBuf::from(&args[2]));

@@ -58,12 +58,16 @@ impl Remote for Source {
         Ok(())
     }
 
-    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<bool> {
+    fn take(&mut self, put: &mut dyn FnMut(Space, Chunk<'_>) -> Result<()>) -> Result<Came> {
+        let came = |todo: &Mutex<VecDeque<u64>>, otherwise| match todo.lock().unwrap().is_empty() {
+            true => Came::Everything,
+            false => otherwise,
+        };
         let mut tokens = [0; 64];
         let n = match self.socket.read(&mut tokens) {
             Ok(n) => n,
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                return Ok(self.todo.lock().unwrap().is_empty());
+                return Ok(came(&self.todo, Came::Nothing));
             }
             Err(e) => return Err(e.into()),
         };
@@ -71,7 +75,7 @@ impl Remote for Source {
             if self.dies_after.is_some_and(|n| n <= self.sent) {
                 bail!("the link is down");
             }
-            let Some(n) = self.todo.lock().unwrap().pop_front() else { return Ok(true) };
+            let Some(n) = self.todo.lock().unwrap().pop_front() else { return Ok(Came::Everything) };
             let vaddr = BASE + n * P;
             match content(n) {
                 Some(word) => put(SPACE, Chunk::Data { vaddr, bytes: &page(word) })?,
@@ -79,7 +83,7 @@ impl Remote for Source {
             }
             self.sent += 1;
         }
-        Ok(self.todo.lock().unwrap().is_empty())
+        Ok(came(&self.todo, Came::Something))
     }
 }
 
