@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::abort::Abort;
+use super::background::Background;
 use super::codec::Kind;
 use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_runc};
 use super::fault;
@@ -157,6 +158,8 @@ impl Arrival<'_> {
     ) -> Result<(Receiver, Final, Option<AtGate>)> {
         let mut at = None;
         let mut shown = 0;
+        // the container runs on its source, and others run here
+        let mut background = None;
         loop {
             // nobody else uses the connection yet: it may be kept locked while we wait
             let mut wire = self.link.wire();
@@ -166,9 +169,14 @@ impl Arrival<'_> {
                 Kind::Round => {
                     let round: Round = wire.message()?;
                     self.phase(clock, &format!("round {}", round.n));
+                    if at.is_none() && background.is_none() {
+                        background = Some(Background::enter());
+                    }
                 }
                 Kind::Prepare => {
                     drop(wire);
+                    // what is started now is for the freeze, and so is all that comes later
+                    drop(background.take());
                     ensure!(at.is_none(), "the source prepares twice");
                     at = Some(self.prepare(images, manifest, clock)?);
                     match receiver.layer_mounted(&self.task.bundle().join("rootfs")) {

@@ -47,6 +47,7 @@
 //! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
+//! | [`background`] | yielding the processor to the container while it runs |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`], [`loss`] | what was measured; what was lost in a post-copy |
 //! | [`tuning`], [`quantity`] | what the operator chooses, and the rates and durations that are written for it |
@@ -57,6 +58,7 @@
 pub mod abort;
 pub mod archive;
 mod arrival;
+mod background;
 mod capture;
 mod code_pages;
 pub mod codec;

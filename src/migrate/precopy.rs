@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use super::background::Background;
 use super::capture::Context;
 use super::codec::Kind;
 use super::copier::Copier;
@@ -56,7 +57,8 @@ pub(super) fn run(
     // CRIU's first image: runc wants it before CRIU's restore begins
     send_descriptors(cx, prepared)?;
     let budget = Budget::new(Duration::from_millis(tuning.max_downtime_ms), tuning.max_rounds, tuning.mode);
-    let mut rounds = Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new() };
+    let mut rounds =
+        Rounds { cx, prepared, copier, layers, all: Vec::new(), stats: Vec::new(), destination_waits: false };
     let mut decision = converge::decide(&[], &budget, None);
     let mut found = Vec::new();
     if decision == Decision::Another {
@@ -85,6 +87,7 @@ pub(super) fn run(
         Worker { memory: MemoryMode::Parent, netns: Some(prepared.netns.as_fd()), path_first: Some(&tools) };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
+    rounds.destination_waits = true;
     if !post_copy {
         // what was written while the destination made itself ready
         found = merge(found, rounds.look()?);
@@ -116,6 +119,8 @@ struct Rounds<'a> {
     layers: &'a mut Layers,
     all: Vec<Round>,
     stats: Vec<RoundStats>,
+    /// Then nobody is to wait for the processor any more.
+    destination_waits: bool,
 }
 
 impl Rounds<'_> {
@@ -138,6 +143,7 @@ impl Rounds<'_> {
         let begun = Instant::now();
         cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
         let (sent, shown) = (Cell::new(0), Cell::new(0));
+        let background = (!self.destination_waits).then(Background::enter);
         let copied = self.copier.send(found, cx.link, &|bytes| {
             sent.set(sent.get() + bytes);
             if sent.get() - shown.get() > 8 << 20 {
@@ -148,6 +154,7 @@ impl Rounds<'_> {
         })?;
         let layer = self.layers.round(&self.pids()?, cx.link)?;
         cx.link.flush()?;
+        drop(background);
         let next = self.look()?;
         let took = begun.elapsed();
         let page = page_size() as u64;
