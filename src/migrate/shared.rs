@@ -7,11 +7,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
 
 use super::codec::Kind;
 use super::link::Link;
+use super::tmpfs::changed;
 use crate::criu::page_server::{PE_PARENT, PE_PRESENT, page_size};
 use crate::criu::{ImageKind, PageEvent};
 use crate::memory::batch::{Builder, MAX_BATCH};
@@ -72,21 +74,18 @@ impl Sent {
         go_on: &(dyn Fn() -> Result<()> + Sync),
     ) -> Result<u64> {
         let (page, space) = (page_size(), object.space);
-        let sent = std::sync::atomic::AtomicU64::new(0);
+        let sent = AtomicU64::new(0);
         let send = |at: u64, bytes: &[u8], hashes: &[Hash]| -> Result<()> {
             go_on()?;
             let mut builder = Builder::new(space, MAX_BATCH);
-            for (n, run) in hashes.iter().zip(bytes.chunks(page)).enumerate() {
-                let (hash, bytes) = run;
-                let vaddr = at + (n * page) as u64;
-                if self.has(space, vaddr, *hash) {
-                    continue;
-                }
-                let full = match *hash {
-                    ZERO => builder.push(Chunk::Zero { vaddr, len: page as u64 }),
-                    _ => builder.push(Chunk::Data { vaddr, bytes }),
+            let has = |n: usize| self.0.get(&space)?.get(&(at + (n * page) as u64)).copied();
+            for (run, zeros) in changed(hashes, has) {
+                let (vaddr, run) = (at + (run.start * page) as u64, run.start * page..run.end * page);
+                sent.fetch_add(run.len() as u64, Ordering::Relaxed);
+                let full = match zeros {
+                    true => builder.push(Chunk::Zero { vaddr, len: run.len() as u64 }),
+                    false => builder.push(Chunk::Data { vaddr, bytes: &bytes[run] }),
                 };
-                sent.fetch_add(page as u64, std::sync::atomic::Ordering::Relaxed);
                 full.map_or(Ok(()), |payload| link.frame(Kind::Memory, &[&payload]))?;
             }
             builder.finish().map_or(Ok(()), |payload| link.frame(Kind::Memory, &[&payload]))

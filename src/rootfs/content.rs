@@ -54,9 +54,6 @@ pub fn all_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().min(8))
 }
 
-/// The number of a span, and the blocks in it.
-type Span = (u64, Vec<(u64, Hash)>);
-
 /// Reads all data of a file. A file that is cut meanwhile has fewer blocks, one that is written to has some state of them:
 /// the hashes are always those of the bytes that `each` was given.
 ///
@@ -67,7 +64,7 @@ pub fn scan(file: &File, how: &How, each: &Each<'_>) -> Result<Blocks<Hash>> {
     let spans = how.size.div_ceil(span);
     let threads = how.threads.min((how.size / WORTHWHILE) as usize).max(1);
     let (next, failed) = (AtomicU64::new(0), AtomicBool::new(false));
-    let done: Mutex<Vec<Span>> = Mutex::default();
+    let done: Mutex<Vec<(u64, Found)>> = Mutex::default();
     let work = || -> Result<()> {
         let mut buffer = vec![0; WINDOW.max(how.block) as usize];
         loop {
@@ -95,13 +92,16 @@ pub fn scan(file: &File, how: &How, each: &Each<'_>) -> Result<Blocks<Hash>> {
     Ok(blocks)
 }
 
+/// Blocks and their hashes.
+type Found = Vec<(u64, Hash)>;
+
 fn scan_span(
     file: &File,
     how: &How,
     span: std::ops::Range<u64>,
     buffer: &mut [u8],
     each: &Each<'_>,
-) -> Result<Vec<(u64, Hash)>> {
+) -> Result<Found> {
     let mut all = Vec::new();
     let mut hashes: Vec<Hash> = Vec::new();
     let mut at = span.start;

@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::rootfs::content::{self, How};
@@ -51,18 +52,17 @@ pub struct Staged {
 
 /// The table while it is made: a `tar` that is called meanwhile waits. Dropped without [`Table::finish`] it is empty.
 pub struct Table {
-    file: File,
+    file: Flock<File>,
 }
 
 impl Table {
     /// In the directory that [`super::tools`] made.
     pub fn create(tools: &Path) -> Result<Table> {
         let path = tools.join(TABLE);
-        let make = || -> std::io::Result<File> {
+        let make = || -> std::io::Result<Flock<File>> {
             let file =
                 File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
-            file.lock()?;
-            Ok(file)
+            Ok(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e)?)
         };
         let file = make().with_context(|| format!("making {}", path.display()))?;
         Ok(Table { file })
@@ -83,8 +83,8 @@ impl Known {
     /// Reads the table beside this program, once it is complete.
     pub fn beside(executable: &Path) -> Known {
         let read = || -> Option<Vec<Staged>> {
-            let mut file = File::open(executable.with_file_name(TABLE)).ok()?;
-            file.lock_shared().ok()?;
+            let file = File::open(executable.with_file_name(TABLE)).ok()?;
+            let mut file = Flock::lock(file, FlockArg::LockShared).ok()?;
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).ok()?;
             serde_json::from_slice(&bytes).ok()

@@ -8,14 +8,14 @@ use crate::memory::maps::Mapping;
 /// What is to be done about a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// CRIU does not dump its pages, or they are somebody else's business (files, /dev/shm, memfds).
+    /// CRIU does not dump its pages, or they are somebody else's business (files, /dev/shm).
     Skip,
     /// Private memory; `file`: of a file, whose own pages do not count.
     Private {
         /// Backed by a file.
         file: bool,
     },
-    /// Anonymous shared memory or a SysV segment, by CRIU's number for it.
+    /// Anonymous shared memory, a memfd or a SysV segment, by CRIU's number for it.
     Shared {
         /// CRIU's `shmid`.
         shmid: u64,
@@ -27,9 +27,10 @@ pub enum Class {
 /// - vvar and vsyscall are the kernel's; the vdso is dumped by CRIU whole and never changes.
 /// - CRIU's number (criu/proc_parse.c, handle_vma; criu/memfd.c, dump_memfd_inode): for anonymous shared memory, which CRIU 4.2
 ///   treats as a memfd, the low 32 bits of the inode number; for a SysV segment the inode number, which is the segment's id.
-/// - A memfd has the same number as anonymous shared memory, but write(2) and mappings of tasks that hold only a descriptor change
-///   it behind every mapping that we could watch: it is left out, CRIU's dump has its content.
-/// - An AIO ring is written by the kernel and is left out for the same reason.
+/// - A memfd has the same number as anonymous shared memory, which CRIU restores as one: after a move the two cannot be told apart.
+///   write(2) and mappings of tasks that hold only a descriptor change it behind every mapping that we could watch; like everything
+///   that no tracker sees of shared memory, that is found by its content in the freeze.
+/// - An AIO ring is written by the kernel and is left out.
 pub fn class(m: &Mapping, shmem: (u32, u32)) -> Class {
     match m.name.as_str() {
         "[vsyscall]" | "[vectors]" | "[vdso]" | "[uprobes]" => return Class::Skip,
@@ -44,7 +45,7 @@ pub fn class(m: &Mapping, shmem: (u32, u32)) -> Class {
     }
     if m.name.starts_with("/SYSV") {
         Class::Shared { shmid: m.inode }
-    } else if m.name.starts_with("/dev/zero") {
+    } else if m.name.starts_with("/dev/zero") || m.name.starts_with("/memfd:") {
         Class::Shared { shmid: m.inode & 0xffff_ffff }
     } else {
         Class::Skip
@@ -93,7 +94,7 @@ mod tests {
         }
         assert_eq!(of("/dev/zero (deleted)", true, 0x1_0000_0007), Class::Shared { shmid: 7 });
         assert_eq!(of("/SYSV00000000 (deleted)", true, 3), Class::Shared { shmid: 3 });
-        assert_eq!(of("/memfd:x (deleted)", true, 8), Class::Skip);
+        assert_eq!(of("/memfd:x (deleted)", true, 8), Class::Shared { shmid: 8 });
         assert_eq!(of("/[aio] (deleted)", true, 8), Class::Skip);
         assert_eq!(
             class(&mapping("/dev/zero (deleted)", true, 5), (0, 2)),

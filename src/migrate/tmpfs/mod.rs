@@ -212,7 +212,10 @@ fn say(link: &Link, piece: Piece<'_>) -> Result<()> {
 }
 
 /// Runs of blocks that differ from what they were, and whether a run is zeros. Pure.
-fn changed(hashes: &[Hash], was: impl Fn(usize) -> Option<Hash>) -> Vec<(std::ops::Range<usize>, bool)> {
+pub(super) fn changed(
+    hashes: &[Hash],
+    was: impl Fn(usize) -> Option<Hash>,
+) -> Vec<(std::ops::Range<usize>, bool)> {
     let mut runs: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
     for (i, hash) in hashes.iter().enumerate().filter(|(i, hash)| was(*i) != Some(**hash)) {
         let zeros = *hash == ZERO;
