@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128_with_seed};
@@ -61,19 +61,25 @@ pub fn all_threads() -> usize {
 /// It cannot be read, or `each` failed.
 pub fn scan(file: &File, how: &How, each: &Each<'_>) -> Result<Blocks<Hash>> {
     let span = (how.size / SPANS).next_power_of_two().max(SPAN).max(how.block);
-    let spans = how.size.div_ceil(span);
+    // once for the whole file: each search for a hole goes as far as the data does
+    let mut spans = Vec::new();
+    for run in data(file, how.size, how.block)? {
+        let mut from = run.start;
+        while from < run.end {
+            let end = (from / span + 1).saturating_mul(span).min(run.end);
+            spans.push(from..end.min(how.size));
+            from = end;
+        }
+    }
     let threads = how.threads.min((how.size / WORTHWHILE) as usize).max(1);
-    let (next, failed) = (AtomicU64::new(0), AtomicBool::new(false));
-    let done: Mutex<Vec<(u64, Found)>> = Mutex::default();
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let done: Mutex<Vec<(usize, Found)>> = Mutex::default();
     let work = || -> Result<()> {
         let mut buffer = vec![0; WINDOW.max(how.block) as usize];
         loop {
             let n = next.fetch_add(1, Ordering::Relaxed);
-            if n >= spans || failed.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            let end = (n + 1).saturating_mul(span).min(how.size);
-            let found = scan_span(file, how, n * span..end, &mut buffer, each);
+            let Some(span) = spans.get(n).filter(|_| !failed.load(Ordering::Relaxed)) else { return Ok(()) };
+            let found = scan_span(file, how, span.clone(), &mut buffer, each);
             let found = found.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
             if !found.is_empty() {
                 done.lock().expect("no thread panics with it").push((n, found));
@@ -104,32 +110,23 @@ fn scan_span(
 ) -> Result<Found> {
     let mut all = Vec::new();
     let mut hashes: Vec<Hash> = Vec::new();
-    let mut at = span.start;
-    while let Some((from, to)) = sys::next_data(file.as_fd(), at, span.end).context("looking for holes")? {
-        // whole blocks, none of them twice
-        let mut from = (from / how.block * how.block).max(at);
-        let to = to.next_multiple_of(how.block).min(span.end);
-        while from < to {
-            let want = ((to - from) as usize).min(buffer.len());
-            let got = read(file, &mut buffer[..want], from)?;
-            hashes.clear();
-            // what was cut off in the middle of a block is no block any more
-            let whole = if got < want { got / how.block as usize * how.block as usize } else { got };
-            let bytes = &buffer[..whole];
-            hashes.extend(bytes.chunks(how.block as usize).map(|b| hash(b, how.seed)));
-            if !hashes.is_empty() {
-                each(from, bytes, &hashes)?;
-            }
-            all.extend(hashes.iter().enumerate().map(|(i, h)| (from / how.block + i as u64, *h)));
-            if got < want {
-                return Ok(all);
-            }
-            from += want as u64;
+    let mut from = span.start;
+    while from < span.end {
+        let want = ((span.end - from) as usize).min(buffer.len());
+        let got = read(file, &mut buffer[..want], from)?;
+        hashes.clear();
+        // what was cut off in the middle of a block is no block any more
+        let whole = if got < want { got / how.block as usize * how.block as usize } else { got };
+        let bytes = &buffer[..whole];
+        hashes.extend(bytes.chunks(how.block as usize).map(|b| hash(b, how.seed)));
+        if !hashes.is_empty() {
+            each(from, bytes, &hashes)?;
         }
-        at = to;
-        if at >= span.end {
+        all.extend(hashes.iter().enumerate().map(|(i, h)| (from / how.block + i as u64, *h)));
+        if got < want {
             break;
         }
+        from += want as u64;
     }
     Ok(all)
 }
