@@ -24,6 +24,26 @@ const ARCH: u32 = 0xc000_00b7;
 const RECV: libc::c_ulong = nix::request_code_readwrite!(b'!', 0, size_of::<libc::seccomp_notif>()) as _;
 const SEND: libc::c_ulong = nix::request_code_readwrite!(b'!', 1, size_of::<libc::seccomp_notif_resp>()) as _;
 
+/// May CRIU be under such a filter while it dumps these processes? It suspends theirs, and the kernel lets no tracer do that which is
+/// under one itself (`ptrace_attach` and `ptrace_setoptions` with PTRACE_O_SUSPEND_SECCOMP, kernel/ptrace.c).
+pub fn possible(pids: impl IntoIterator<Item = i32>) -> bool {
+    let filtered = |pid: i32| -> io::Result<bool> {
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            if is_filtered(&std::fs::read_to_string(thread?.path().join("status"))?) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    // one that ends meanwhile is not dumped
+    !pids.into_iter().any(|pid| filtered(pid).unwrap_or(false))
+}
+
+/// What a thread's `status` says of seccomp: 0 for none (proc_pid_status(5)). Kernels without it have no such line.
+fn is_filtered(status: &str) -> bool {
+    status.lines().find_map(|l| l.strip_prefix("Seccomp:")).is_some_and(|mode| mode.trim() != "0")
+}
+
 /// In a child between fork and exec: from here on `lseek(SEEK_DATA)` waits for whoever has the other end of `socket`. Only system calls,
 /// nothing allocates.
 ///
@@ -181,6 +201,42 @@ mod tests {
             try: return os.lseek(os.open(path, os.O_RDONLY), 0, os.SEEK_DATA)\n    \
             except OSError as e: return -e.errno\n\
         print(ask('/proc/self/map_files/' + line), ask('/proc/self/exe'))";
+
+    #[test]
+    fn a_task_under_seccomp_is_seen() {
+        assert!(is_filtered("Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n") && is_filtered("Seccomp:\t1\n"));
+        assert!(!is_filtered("Name:\tx\nSeccomp:\t0\nSeccomp_filters:\t0\n") && !is_filtered("Name:\tx\n"));
+        let me = std::process::id() as i32;
+        let mine = is_filtered(&std::fs::read_to_string("/proc/self/status").unwrap());
+        assert_eq!(possible([me]), !mine);
+        let mut command = Command::new("/bin/sleep");
+        command.arg("20");
+        // SAFETY: only system calls.
+        unsafe {
+            command.pre_exec(|| {
+                let mut filter = [libc::sock_filter {
+                    code: (libc::BPF_RET | libc::BPF_K) as u16,
+                    jt: 0,
+                    jf: 0,
+                    k: libc::SECCOMP_RET_ALLOW,
+                }];
+                let program = libc::sock_fprog { len: 1, filter: filter.as_mut_ptr() };
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                match libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            })
+        };
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(e) => return println!("SKIPPED: no seccomp here: {e}"),
+        };
+        let seen = possible([me, child.id() as i32]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!seen);
+    }
 
     #[test]
     fn shared_memory_seems_empty_and_files_do_not() {

@@ -20,7 +20,7 @@
 //! Everything here blocks; there is no tokio.
 
 mod cgroup_image;
-mod conceal;
+pub mod conceal;
 pub mod dump;
 pub mod gate;
 pub mod gate_server;

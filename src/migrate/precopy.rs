@@ -102,7 +102,7 @@ pub(super) fn run(
         memory: MemoryMode::Parent,
         netns: Some(prepared.netns.as_fd()),
         path_first: Some(&tools),
-        conceal: true,
+        conceal: rounds.copier.knows_shared() && criu::conceal::possible(rounds.pids()?),
     };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;
