@@ -1,5 +1,7 @@
 //! What there is to know of a container before it is moved, and what forbids that on its own node.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 
 use super::{
@@ -201,15 +203,17 @@ async fn inspect(
 }
 
 /// A process in the task's network that is not the task's. The list of the task's processes is older than the look at
-/// /proc: a process that was only now forked is a stranger once, but not when the list is read again.
+/// /proc: a process that was only now forked is a stranger once, but not when the list is read again. Nor is a program of the move that
+/// brought it here, which worked inside its network and is about to end.
 async fn stranger(containerd: &Namespace, task: &Task) -> Result<Option<u32>> {
     const LOOKS: usize = 5;
     let mut own = containerd.task_pids(&task.id).await?;
     let mut found = netns::shared_with(task.pid, &own);
-    for _ in 1..LOOKS {
+    for look in 1..LOOKS {
         if found.is_none() {
             break;
         }
+        tokio::time::sleep(Duration::from_millis(25 << look)).await;
         own.extend(containerd.task_pids(&task.id).await?);
         found = netns::shared_with(task.pid, &own);
     }
