@@ -256,6 +256,15 @@ async fn send(
     };
     let (mut there, mut early) = (None, None);
     let mut abort: Option<tokio::task::JoinHandle<()>> = None;
+    let undecided = || {
+        let undecided = Undecided {
+            containerd: subject.containerd.clone(),
+            record: subject.record.clone(),
+            migration: ready.migration.clone(),
+            to: request.to.clone(),
+        };
+        (undecided, agent.config.silence(request.silence_seconds))
+    };
     loop {
         // whoever prepared the container there is gone: nobody would tell its containerd that it runs
         if let (Some(Err(_)), None, None) = (&there, &early, &abort) {
@@ -292,13 +301,7 @@ async fn send(
             }
             Some(control::Event::Warning { message }) => reporter.say(Event::Warning { message }),
             Some(control::Event::Undecided { message }) => {
-                let undecided = Undecided {
-                    containerd: subject.containerd.clone(),
-                    record: subject.record.clone(),
-                    migration: ready.migration.clone(),
-                    to: request.to.clone(),
-                };
-                let silence = agent.config.silence(request.silence_seconds);
+                let (undecided, silence) = undecided();
                 follow_undecided(agent, &undecided, message, &peer, silence, reporter).await?;
                 return Ok(Some(early.unwrap_or_default()));
             }
@@ -320,13 +323,7 @@ async fn send(
             Some(control::Event::Inspected(_)) => {}
             None if reporter.phase_name() == loss::PHASE => {
                 // the frozen copy here died with it, with memory that the destination does not have
-                let undecided = Undecided {
-                    containerd: subject.containerd.clone(),
-                    record: subject.record.clone(),
-                    migration: ready.migration.clone(),
-                    to: request.to.clone(),
-                };
-                let silence = agent.config.silence(request.silence_seconds);
+                let (undecided, silence) = undecided();
                 return match undecided.hear_of_loss(agent, silence * 2).await {
                     // it had everything by then
                     Some(Fate::Runs) => Ok(Some(early.unwrap_or_default())),

@@ -233,9 +233,10 @@ impl Arrival<'_> {
         let criu =
             Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
         criu.warm().context("asking CRIU for the kernel's features")?;
-        let mut gate = GateServer::prepare(&self.task.bundle(), &program::gate()?, &criu.path, "")?;
+        let small = program::gate()?;
+        let mut gate = GateServer::prepare(&self.task.bundle(), &small, &criu.path, "")?;
         let work = self.task.work_dir()?;
-        let tools = criu::tar::tools(&work, &program::gate()?).context("CRIU's tools")?;
+        let tools = criu::tar::tools(&work, &small).context("CRIU's tools")?;
         criu::tar::staged::files_in(&tools, &Stage::dir_in(images)).context("CRIU's tools")?;
         let daemon = Started::new(&work, &program::own()?)?;
         self.phase(clock, "runc restore");
