@@ -12,7 +12,8 @@
 //! What the images mean is CRIU's business, where pages and files go the caller's.
 //!
 //! With [`MemoryMode::Parent`] CRIU does not touch memory: it is told that there are parent images which have every clean page, and that
-//! no page is dirty. With [`Worker::conceal`] it finds no page in shared memory either. What it then reports is the list of pages that belong to the container; their content is the caller's.
+//! no page is dirty. With [`Worker::conceal`] it finds no page in shared memory either. What it then reports is the list of pages that
+//! belong to the container; their content is the caller's.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -184,15 +185,13 @@ impl Criu {
             };
             Swrk::spawn(&self.path, &spawn)
         };
-        let concealed = how.conceal.then(|| Ok((spawn(true)?, Questions::take(ours.as_fd())?)));
+        let concealed =
+            how.conceal.then(|| -> Result<_> { Ok((spawn(true)?, Questions::take(ours.as_fd())?)) });
+        let concealed = concealed
+            .and_then(|c| c.inspect_err(|e| ::log::info!("CRIU hands over all shared memory: {e:#}")).ok());
         let (worker, questions) = match concealed {
-            Some(Ok((worker, questions))) => (worker, Some(questions)),
+            Some((worker, questions)) => (worker, Some(questions)),
             None => (spawn(false)?, None),
-            Some(Err(e)) => {
-                let e: Error = e;
-                ::log::info!("CRIU hands over all shared memory: {e:#}");
-                (spawn(false)?, None)
-            }
         };
         let pages_fd = theirs.as_raw_fd();
         Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory, questions })
