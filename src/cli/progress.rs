@@ -214,12 +214,12 @@ fn seconds(s: u64) -> String {
 fn told(round: &Round) -> String {
     let rate = units::per_second(round.wire_bytes, round.ms)
         .map_or(String::new(), |r| format!(" at {}/s", units::bytes(r)));
-    let layer = match round.layer_bytes {
+    let files = match round.layer_bytes + round.tmpfs_bytes {
         0 => String::new(),
-        n => format!(" and {} of the layer", units::bytes(n)),
+        n => format!(" and {} of files", units::bytes(n)),
     };
     format!(
-        "{:<12} {:>10}  {}{layer}{rate}, {} written again",
+        "{:<12} {:>10}  {}{files}{rate}, {} written again",
         format!("round {}", round.n),
         units::ms(round.ms),
         units::bytes(round.bytes),
@@ -295,12 +295,13 @@ mod tests {
             bytes: 268_435_456,
             wire_bytes: 100_000_000,
             dirty_after_bytes: 20_000_000,
-            layer_bytes: 1_500_000,
+            layer_bytes: 1_400_000,
+            tmpfs_bytes: 100_000,
             ..Round::default()
         };
         assert_eq!(
             told(&round),
-            "round 3        500.0 ms  268.4 MB and 1.5 MB of the layer at 200.0 MB/s, 20.0 MB written again"
+            "round 3        500.0 ms  268.4 MB and 1.5 MB of files at 200.0 MB/s, 20.0 MB written again"
         );
     }
 }

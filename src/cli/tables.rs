@@ -35,7 +35,7 @@ pub fn phases(report: &Report) -> Table {
     Table { columns: vec![("phase", Align::Left), ("start", Align::Right), ("ms", Align::Right)], rows }
 }
 
-/// The rounds; of more than `most` the first and the last ones.
+/// The rounds; of more than `most` the first and the last ones. `files` are those of the writable layer and of tmpfs.
 pub fn rounds(report: &Report, most: usize) -> Table {
     let all = &report.rounds;
     let mut rows: Vec<Vec<String>> = Vec::new();
@@ -48,13 +48,14 @@ pub fn rounds(report: &Report, most: usize) -> Table {
             rows.push(vec!["…".into()]);
         }
     }
-    let right = ["ms", "copied", "sent", "zero pages", "MB/s", "written again", "written/s", "layer"];
+    let right = ["ms", "copied", "sent", "zero pages", "MB/s", "written again", "written/s", "files"];
     let columns = std::iter::once(("round", Align::Right)).chain(right.map(|c| (c, Align::Right))).collect();
     Table { columns, rows }
 }
 
 fn row(round: &Round) -> Vec<String> {
-    let rate = units::per_second(round.wire_bytes + round.layer_bytes, round.ms);
+    let files = round.layer_bytes + round.tmpfs_bytes;
+    let rate = units::per_second(round.wire_bytes + files, round.ms);
     vec![
         round.n.to_string(),
         format!("{:.1}", round.ms),
@@ -64,7 +65,7 @@ fn row(round: &Round) -> Vec<String> {
         rate.map_or("-".into(), |r| format!("{:.1}", r as f64 / 1e6)),
         units::bytes(round.dirty_after_bytes),
         units::bytes(round.dirty_rate),
-        units::bytes(round.layer_bytes),
+        units::bytes(files),
     ]
 }
 
@@ -97,14 +98,16 @@ mod tests {
             zero_pages: 12,
             dirty_after_bytes: 20_000_000,
             dirty_rate: 40_000_000,
+            layer_bytes: 1_000_000,
+            tmpfs_bytes: 2_000_000,
             ..Round::default()
         };
         let mut report = Report { rounds: vec![round(1)], ..Report::default() };
         assert_eq!(
             rounds(&report, 10).text(),
             "\
-round     ms    copied      sent  zero pages   MB/s  written again  written/s  layer
-    1  500.0  268.4 MB  100.0 MB          12  200.0        20.0 MB    40.0 MB    0 B
+round     ms    copied      sent  zero pages   MB/s  written again  written/s   files
+    1  500.0  268.4 MB  100.0 MB          12  206.0        20.0 MB    40.0 MB  3.0 MB
 "
         );
         report.rounds = (1..=100).map(round).collect();

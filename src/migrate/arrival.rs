@@ -11,12 +11,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::abort::Abort;
 use super::background::Background;
 use super::codec::Kind;
-use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_runc};
+use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_commit, wait_for_runc};
 use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
 use super::prepared::ImagesDir;
-use super::protocol::{Commit, Failure, Filled, Final, Manifest, Ready, Restored, Round, Running};
+use super::protocol::{Failure, Filled, Final, Manifest, Ready, Round, Running};
 use super::report::{Clock, Item, Report, Side, millis};
 use super::stream::Receiver;
 use super::tmpfs::Stage;
@@ -105,7 +105,15 @@ impl Arrival<'_> {
         let now = item("stdio and connections", now);
         fault::point("held");
         self.phase(clock, "commit");
-        self.commit(serving.as_ref())?;
+        let backlog = wait_for_commit(self.link, &mut |kind, payload| match (kind, &serving) {
+            // a page that was asked for during the restore
+            (Kind::Memory, Some(serving)) => {
+                serving.deliver(payload);
+                Ok(())
+            }
+            (Kind::Memory, None) => bail!("the source sends pages that nobody asked for"),
+            _ => bail!("the source sent {kind:?} where Commit was due"),
+        })?;
         let now = item("commit", now);
         fault::point("committed");
         // asked to give up in between: too late, the source will not run it again
@@ -122,7 +130,7 @@ impl Arrival<'_> {
         if let Some(serving) = &serving {
             serving.running();
         }
-        announce(netns.as_ref(), self.request, kick, self.events);
+        announce(netns.as_ref(), self.request, &backlog, kick, self.events);
         let pid = wait_for_runc(self.link, self.task, true)?;
         self.task.adopt(pid).context("taking over the restored container")?;
         item("resume", now);
@@ -243,25 +251,5 @@ impl Arrival<'_> {
         self.task.restore(images, gate.dir()).context("starting runc restore")?;
         wait_for(At::Restore, &mut gate, self.link, self.task, self.abort, true)?;
         Ok(AtGate { gate, daemon, tools })
-    }
-
-    fn commit(&mut self, serving: Option<&super::filling::Serving>) -> Result<()> {
-        self.link.json(Kind::Restored, &Restored::default())?;
-        let mut wire = self.link.wire();
-        loop {
-            match wire.recv()? {
-                Kind::Commit => return wire.message::<Commit>().map(drop),
-                // a page that was asked for during the restore
-                Kind::Memory => match serving {
-                    Some(serving) => serving.deliver(wire.payload()),
-                    None => bail!("the source sends pages that nobody asked for"),
-                },
-                Kind::Failed => {
-                    return Err(anyhow::Error::from(wire.message::<Failure>()?))
-                        .context("waiting for the source's commit");
-                }
-                kind => bail!("the source sent {kind:?} where Commit was due"),
-            }
-        }
     }
 }

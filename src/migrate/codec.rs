@@ -77,6 +77,8 @@ pub enum Kind {
     HotPages = 34,
     /// Raw: content of a tmpfs file, copied ahead ([`super::tmpfs`]); protocol 3.
     Staged = 35,
+    /// Raw: packets that came to the frozen container ([`super::backlog`]); skippable.
+    Backlog = 36,
     /// JSON: stdio that was queued at the freeze (opaque to this crate, the shim's `Carry`).
     Stdio = 40,
     /// JSON [`super::protocol::Final`]: everything was sent.
@@ -95,7 +97,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, for decoding and for tests.
-    pub const ALL: [Kind; 29] = [
+    pub const ALL: [Kind; 30] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Manifest,
@@ -118,6 +120,7 @@ impl Kind {
         Kind::RemotePages,
         Kind::HotPages,
         Kind::Staged,
+        Kind::Backlog,
         Kind::Stdio,
         Kind::Final,
         Kind::Restored,
@@ -136,7 +139,7 @@ impl Kind {
     pub const fn cap(self) -> usize {
         match self {
             Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
-            Kind::RemotePages | Kind::HotPages | Kind::Staged => MAX_DATA,
+            Kind::RemotePages | Kind::HotPages | Kind::Staged | Kind::Backlog => MAX_DATA,
             Kind::Memory => MAX_MEMORY,
             Kind::Stdio => MAX_CONTROL,
             Kind::Manifest => MAX_CONTROL,
@@ -208,7 +211,7 @@ pub fn header(kind: Kind, parts: &[&[u8]], protected: bool) -> [u8; HEADER_LEN] 
             h.digest()
         }
     };
-    let skippable = if kind == Kind::Heartbeat { FLAG_SKIPPABLE } else { 0 };
+    let skippable = if matches!(kind, Kind::Heartbeat | Kind::Backlog) { FLAG_SKIPPABLE } else { 0 };
     let flags = skippable | if unchecked { FLAG_UNCHECKED } else { 0 };
     let mut out = [0; HEADER_LEN];
     out[0..4].copy_from_slice(&(len as u32).to_le_bytes());

@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use super::abort::Abort;
 use super::arrival::Arrival;
+use super::backlog::Arrived;
 use super::codec::Kind;
 use super::fault;
 use super::filling::Filling;
@@ -196,13 +197,12 @@ fn take(
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
     let kick = connections(netns.as_ref(), &gate);
+    let mut backlog = Vec::new();
     if waits {
         fault::point("held");
         phase(clock, "commit");
-        let mut wire = link.wire();
-        wire.json(Kind::Restored, &Restored::default())?;
-        wire.expect::<Commit>(Kind::Commit).context("waiting for the source's commit")?;
-        drop(wire);
+        backlog =
+            wait_for_commit(link, &mut |kind, _| bail!("the source sent {kind:?} where Commit was due"))?;
         fault::point("committed");
         // asked to give up in between: too late, the source will not run it again
         abort.commit();
@@ -216,7 +216,7 @@ fn take(
     }
     let let_go = Instant::now();
     gate.open_run()?;
-    announce(netns.as_ref(), request, kick, events);
+    announce(netns.as_ref(), request, &backlog, kick, events);
     let pid = wait_for_runc(link, task, waits)?;
     task.adopt(pid).context("taking over the restored container")?;
     let (phases, total_ms) = clock.done();
@@ -247,10 +247,30 @@ pub(super) fn connections(netns: Option<&OwnedFd>, gate: &GateServer) -> net::Ki
     }
 }
 
-/// The tasks run: whoever talked to them hears of it.
+/// Says that the tasks are restored, and waits for the source's word. Returns the packets that came to them meanwhile. What
+/// else may come before it goes to `other`.
+pub(super) fn wait_for_commit(
+    link: &Link,
+    other: &mut dyn FnMut(Kind, &[u8]) -> Result<()>,
+) -> Result<Vec<net::Packet>> {
+    link.json(Kind::Restored, &Restored::default())?;
+    let mut backlog = Arrived::default();
+    let mut wire = link.wire();
+    let mut next = || match wire.recv()? {
+        Kind::Commit => wire.message::<Commit>().map(|_| true),
+        Kind::Backlog => backlog.add(wire.payload()).map(|()| false),
+        Kind::Failed => Err(wire.message::<Failure>()?.into()),
+        kind => other(kind, wire.payload()).map(|()| false),
+    };
+    while !next().context("waiting for the source's commit")? {}
+    Ok(backlog.packets)
+}
+
+/// The tasks run: whoever talked to them hears of it, and `backlog` comes to them.
 pub(super) fn announce(
     netns: Option<&OwnedFd>,
     request: &ReceiveRequest,
+    backlog: &[net::Packet],
     kick: net::Kick,
     events: &dyn Fn(Event),
 ) {
@@ -259,6 +279,13 @@ pub(super) fn announce(
         && let Err(e) = net::announce(ns.as_fd(), cfg)
     {
         events(Event::Warning { message: format!("announcing the container's addresses: {e:#}") });
+    }
+    match net::deliver(ns.as_fd(), backlog) {
+        Ok(delivered) if delivered < backlog.len() => {
+            log::info!("{delivered} of {} packets from the freeze could be delivered", backlog.len());
+        }
+        Ok(_) => {}
+        Err(e) => events(Event::Warning { message: format!("delivering packets from the freeze: {e:#}") }),
     }
     // peers that retransmitted into the fence wait longer and longer: have them send now
     if let Err(e) = kick.send(ns.as_fd()) {

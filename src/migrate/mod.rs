@@ -14,7 +14,7 @@
 //!   Memory, Layer, Staged, Files, Stdio ->     what was written last; metadata images
 //!   RemotePages, HotPages, Final       ->      images planned; CRIU restores; tasks complete, held at the gate
 //!                                      <-      Restored | Failed (the source thaws)
-//!   Commit                             ->      fence lifted, gate opened, addresses announced
+//!   Backlog, Commit                    ->      fence lifted, gate opened, addresses announced
 //!                                      <-      Running  (without post-copy the source's tasks are killed)
 //!   Memory, faults first               <->     MemoryWant                       post-copy only
 //!   MemoryDone                         <->     MemoryDone (every page is in its place)
@@ -39,6 +39,7 @@
 //! | [`still`] | tasks that stand still, and how they are let go |
 //! | [`capture`] | the freeze with one copy of everything |
 //! | [`live`] | the freeze of a live migration |
+//! | [`backlog`] | packets that came to the frozen container, passed on |
 //! | [`code_pages`], [`shared`] | what CRIU changes for a moment; what of shared memory need not be sent again |
 //! | [`postcopy`], [`remains`] | pages that follow after the commit, on the source: sent; which of them next (pure) |
 //! | [`stream`] | the container's state as frames: the same for a peer and for a checkpoint file |
@@ -59,6 +60,7 @@ pub mod abort;
 pub mod archive;
 mod arrival;
 mod background;
+mod backlog;
 mod capture;
 mod code_pages;
 pub mod codec;

@@ -228,6 +228,9 @@ pub struct Report {
     /// The destination's start on the source's clock, ms: added to its phases they are comparable with the source's.
     #[serde(default)]
     pub destination_offset_ms: f64,
+    /// Packets for the container that came in the freeze and were passed on.
+    #[serde(default)]
+    pub packets: u64,
     /// Pages that the restored tasks waited for.
     #[serde(default)]
     pub faults: Faults,

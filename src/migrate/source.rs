@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::abort::Abort;
+use super::backlog;
 use super::capture::{self, Context};
 use super::codec::Kind;
 use super::copier::Copier;
@@ -291,6 +292,10 @@ fn commit(
     fault::point("commit");
     if !cx.abort.commit() {
         bail!("the migration was given up by request");
+    }
+    // what came to the frozen tasks until now; the few packets between here and the announcement there are lost
+    if let Some(tap) = still.backlog() {
+        report.packets = backlog::send(tap, cx.link)?;
     }
     cx.begin(clock, "commit");
     let answer = cx

@@ -9,13 +9,15 @@ use serde_json::Value;
 use super::report::millis;
 use super::source::SourceTask;
 use crate::cgroup::Freezer;
-use crate::net;
+use crate::net::{self, Backlog};
 
 /// The tasks stand still, fenced off. Dropping it rolls back: fence lifted, thawed, stdio going on.
 pub struct Still {
     task: Box<dyn SourceTask>,
     freezer: Freezer,
     netns: OwnedFd,
+    /// Packets for the container that came meanwhile; None where they cannot be had.
+    backlog: Option<Backlog>,
     since: Instant,
     armed: bool,
 }
@@ -41,6 +43,10 @@ impl Still {
         freezer: Freezer,
         netns: OwnedFd,
     ) -> Result<(Still, Value, Entering)> {
+        // without it clients wait longer, no more
+        let backlog = Backlog::prepare(netns.as_fd());
+        let mut backlog =
+            backlog.inspect_err(|e| log::warn!("packets that come in the freeze will be lost: {e:#}")).ok();
         let since = Instant::now();
         let mut took = Entering::default();
         if let Err(e) = freezer.freeze(Duration::from_secs(10)) {
@@ -55,11 +61,15 @@ impl Still {
             freezer.thaw().ok();
             return Err(e.context("fencing the container's network"));
         }
+        if let Some(Err(e)) = backlog.as_ref().map(Backlog::begin) {
+            log::warn!("packets that come in the freeze will be lost: {e:#}");
+            backlog = None;
+        }
         took.fence_ms = millis(at.elapsed());
         let at = Instant::now();
         let carry = task.quiesce();
         took.quiesce_ms = millis(at.elapsed());
-        let still = Still { task, freezer, netns, since, armed: true };
+        let still = Still { task, freezer, netns, backlog, since, armed: true };
         Ok((still, carry.context("draining the container's output")?, took))
     }
 
@@ -73,6 +83,11 @@ impl Still {
         &self.freezer
     }
 
+    /// Packets for the container that came since it stands still.
+    pub(super) fn backlog(&self) -> Option<&Backlog> {
+        self.backlog.as_ref()
+    }
+
     /// The source's network is its owner's again (the container lives nowhere else).
     pub(super) fn lift_fence(&self) -> Result<()> {
         net::unfence(self.netns.as_fd()).context("lifting the fence")
@@ -84,6 +99,11 @@ impl Still {
         let unfenced = net::unfence(self.netns.as_fd());
         self.task.resume();
         self.freezer.thaw().context("thawing the container (its cgroup is still frozen)")?;
+        if let Some(backlog) = self.backlog.take().filter(|_| unfenced.is_ok())
+            && let Err(e) = net::deliver(self.netns.as_fd(), &backlog.take())
+        {
+            log::warn!("delivering the packets that came in the freeze: {e:#}");
+        }
         unfenced.context("lifting the fence (the container runs, its network is still fenced)")
     }
 

@@ -89,7 +89,8 @@ fn frames(config: &NetConfig, name: &str) -> Vec<Vec<u8>> {
 fn send(outs: &[Out]) -> Result<()> {
     for out in outs {
         for frame in &out.frames {
-            let address = link_address(out.index, frame);
+            let to = [frame[0], frame[1], frame[2], frame[3], frame[4], frame[5]];
+            let address = link_address(out.index, u16::from_ne_bytes([frame[12], frame[13]]), to);
             sendto(out.socket.as_raw_fd(), frame, &address, MsgFlags::MSG_DONTWAIT)
                 .context("sending a frame")?;
         }
@@ -97,15 +98,16 @@ fn send(outs: &[Out]) -> Result<()> {
     Ok(())
 }
 
-fn link_address(index: u32, frame: &[u8]) -> nix::sys::socket::LinkAddr {
+/// The address of a packet socket. `protocol` is in network order, as in a frame; link 0 stands for all.
+pub(super) fn link_address(index: u32, protocol: u16, to: [u8; 6]) -> nix::sys::socket::LinkAddr {
     use nix::sys::socket::SockaddrLike;
     // SAFETY: sockaddr_ll is plain data for which all zeroes are a value.
     let mut raw: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     raw.sll_family = libc::AF_PACKET as u16;
-    raw.sll_protocol = u16::from_ne_bytes([frame[12], frame[13]]);
+    raw.sll_protocol = protocol;
     raw.sll_ifindex = index as i32;
     raw.sll_halen = 6;
-    raw.sll_addr[..6].copy_from_slice(&frame[..6]);
+    raw.sll_addr[..6].copy_from_slice(&to);
     let len = size_of::<libc::sockaddr_ll>() as u32;
     // SAFETY: the pointer is to a complete sockaddr_ll of that length, with its family set.
     unsafe { nix::sys::socket::LinkAddr::from_raw((&raw const raw).cast(), Some(len)) }

@@ -1,12 +1,13 @@
 //! A namespace's configuration read by netlink and from `/proc/sys/net`. Changes nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, Result, bail};
 
 use super::config::{Address, Attr, Hop, Kind, Link, Mac, Neighbour, NetConfig, Route, Rule};
+use super::port::{self, Names};
 use super::socket::{Netlink, errno_of};
 use super::sysctl::{self, Tree};
 use super::wire::{self, Message, Request, attributes, find, text, u32_of};
@@ -29,21 +30,15 @@ const FOREVER: u32 = u32::MAX;
 /// The unit of `rta_cacheinfo.rta_expires`: clock ticks, 100 a second towards user space.
 const USER_HZ: u32 = 100;
 
-pub(super) type Names = BTreeMap<u32, String>;
-
 /// Reads the configuration of `netns`: links, addresses, routes, rules, permanent neighbours, sysctls.
 ///
 /// # Errors
 /// A link of a type that cannot be rebuilt elsewhere; the message names it.
 pub fn capture(netns: BorrowedFd<'_>) -> Result<NetConfig> {
     // What a new namespace is born with on this machine, to tell what was changed in this one.
-    let (born, born_links) = netns::inside_fresh(|| {
-        let names = Names::from_iter(
-            super::port::links(&mut Netlink::route()?)?.into_iter().map(|l| (l.index, l.name)),
-        );
-        Ok((sysctl::read(), names))
-    })
-    .context("reading the defaults of a fresh network namespace")?;
+    let (born, born_links) =
+        netns::inside_fresh(|| Ok((sysctl::read(), port::names(&mut Netlink::route()?)?)))
+            .context("reading the defaults of a fresh network namespace")?;
     let (mut route, mut filter, tree, legacy) = netns::inside(netns, || {
         Ok((Netlink::route()?, Netlink::netfilter()?, sysctl::read(), legacy_tables()))
     })?;

@@ -11,6 +11,7 @@
 //! | [`port`] | the node's end of a container's veth: made unattached, attached at the release |
 //! | [`sysctl`] | `/proc/sys/net` read and written as a tree |
 //! | [`fence`] | nothing in, nothing out, by a handmade nftables transaction ([`nft`]) |
+//! | [`backlog`] | what reaches a fenced namespace, kept and delivered later |
 //! | [`announce`] | gratuitous ARP and unsolicited neighbour advertisements ([`packets`]) |
 //! | [`kick`] | peers whose retransmission timers have backed off are made to send at once |
 //! | [`silence`] | the sockets of a container that has moved end without FIN or RST |
@@ -28,6 +29,7 @@
 //!   (restore in it)
 //!   unfence  the node's end enters the bridge -> the nft tables go
 //!   announce neighbours and switches learn where the addresses live now
+//!   deliver  what came to the fenced source comes here
 //!   kick     peers retransmit at once
 //! ```
 //!
@@ -35,6 +37,7 @@
 //! second would divert the first one's traffic, so nothing but the release connects it to the bridge.
 
 pub mod announce;
+pub mod backlog;
 pub mod build;
 pub mod capture;
 pub mod config;
@@ -53,6 +56,7 @@ mod sysctl;
 mod wire;
 
 pub use announce::announce;
+pub use backlog::{Backlog, Packet, deliver};
 pub use build::{Attach, build, destroy};
 pub use capture::capture;
 pub use config::NetConfig;

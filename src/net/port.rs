@@ -5,6 +5,8 @@
 //! watch some milliseconds on both sides. The end carries what is still to do in its alias (`ip link` shows it), so no
 //! other process needs to be told.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
@@ -136,25 +138,45 @@ pub fn addr_gen_mode(request: &mut Request, mode: u8) {
     });
 }
 
+/// The veths in the namespace of `inside`, each with its end in the calling thread's. A veth whose other end is elsewhere is none of
+/// ours.
+pub fn ends(inside: &mut Netlink) -> Result<Vec<(Seen, Seen)>> {
+    let mut outside = links(inside)?;
+    outside.retain(|l| l.kind == "veth" && l.elsewhere);
+    if outside.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut all = links(&mut Netlink::route()?)?;
+    let mut end_of = |link: &Seen| {
+        let found = all.iter().position(|e| e.index == link.link && e.link == link.index && e.kind == "veth");
+        found.map(|n| all.swap_remove(n))
+    };
+    Ok(outside.into_iter().filter_map(|link| end_of(&link).map(|end| (link, end))).collect())
+}
+
+/// Names of links by their indexes.
+pub type Names = BTreeMap<u32, String>;
+
+/// The names of all links of the socket's namespace.
+pub fn names(socket: &mut Netlink) -> Result<Names> {
+    Ok(links(socket)?.into_iter().map(|l| (l.index, l.name)).collect())
+}
+
 /// Puts the node's ends of all veths in the namespace of `inside` that are still pending into their bridges.
 pub fn attach_all(inside: &mut Netlink) -> Result<()> {
-    let outside: Vec<Seen> = links(inside)?.into_iter().filter(|l| l.kind == "veth" && l.elsewhere).collect();
-    if outside.is_empty() {
+    let ends = ends(inside)?;
+    if ends.is_empty() {
         return Ok(());
     }
     let mut node = Netlink::route()?;
-    let all = links(&mut node)?;
-    for link in outside {
-        let Some(end) = all.iter().find(|e| e.index == link.link && e.link == link.index && e.kind == "veth")
-        else {
-            continue; // not this node's namespace: nothing of ours
-        };
+    let names = names(&mut node)?;
+    for (link, end) in ends {
         let Some(bridge) = end.alias.strip_prefix(PENDING) else { continue };
-        let Some(master) = all.iter().find(|l| l.name == bridge) else {
+        let Some((master, _)) = names.iter().find(|(_, name)| *name == bridge) else {
             bail!("bridge {bridge} is gone from this node, {} cannot be attached", link.name);
         };
         let mut request = Request::new(libc::RTM_NEWLINK, 0, &ifinfomsg(end.index, 0, 0));
-        request.put_u32(libc::IFLA_MASTER, master.index).put_str(libc::IFLA_IFALIAS, ATTACHED);
+        request.put_u32(libc::IFLA_MASTER, *master).put_str(libc::IFLA_IFALIAS, ATTACHED);
         node.request(request).with_context(|| {
             format!("putting {} (the node's end of {}) into bridge {bridge}", end.name, link.name)
         })?;

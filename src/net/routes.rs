@@ -5,9 +5,10 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 
-use super::capture::{self, Names};
+use super::capture;
 use super::config::{Address, Hop, Link, Neighbour, NetConfig, Route, Rule};
 use super::links::Made;
+use super::port::Names;
 use super::socket::{Netlink, errno_of, unless};
 use super::wire::Request;
 

@@ -33,6 +33,7 @@ pub fn stop_redis(bed: &Bed, node: Node, redis: &Redis) -> Result<()> {
 }
 
 /// What `transship migrate --json` came to.
+#[derive(Debug)]
 pub struct Outcome {
     /// Its exit status.
     pub code: i32,

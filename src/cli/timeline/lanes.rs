@@ -129,7 +129,7 @@ fn round_bar(xml: &mut Xml, round: &Round, time: &Time, y: f64) {
 /// Everything about a round.
 fn tell(round: &Round) -> String {
     format!(
-        "round {}: {} in {} ({} over the link, {} zero pages), {} written meanwhile ({}/s), layer {} in {} entries",
+        "round {}: {} in {} ({} over the link, {} zero pages), {} written meanwhile ({}/s), layer {} in {} entries, tmpfs {}",
         round.n,
         units::bytes(round.bytes),
         units::ms(round.ms),
@@ -138,7 +138,8 @@ fn tell(round: &Round) -> String {
         units::bytes(round.dirty_after_bytes),
         units::bytes(round.dirty_rate),
         units::bytes(round.layer_bytes),
-        round.layer_entries
+        round.layer_entries,
+        units::bytes(round.tmpfs_bytes)
     )
 }
 

@@ -1,6 +1,7 @@
 //! Tests with real namespaces. Each runs on a thread with a network and a mount namespace of its own, which plays the
 //! node: nothing of the machine is touched and nothing can be left on it. Without root they say `SKIP: reason`.
 
+mod backlog;
 mod build;
 mod segment;
 mod tcp;

@@ -1,5 +1,6 @@
 //! TCP connections of a container that moves: none breaks and no byte is lost, whoever opened it and whatever is under way.
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -11,6 +12,7 @@ use crate::container;
 use crate::moves;
 use crate::requirements::Needs;
 use crate::traffic::{self, CLIENT, Outside, expect_right, last_number, tail};
+use crate::trouble::{self, Attempt, Fault};
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
@@ -19,6 +21,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "net_peer_on_the_nodes", needs: Needs::Migration, run: peer_on_the_nodes },
     Scenario { name: "net_ipv6_connection", needs: Needs::Migration, run: ipv6_connection },
     Scenario { name: "net_idle_connection", needs: Needs::Migration, run: idle_connection },
+    Scenario { name: "net_datagrams_into_the_freeze", needs: Needs::Migration, run: datagrams },
     Scenario { name: "net_full_buffers", needs: Needs::Migration, run: full_buffers },
 ];
 
@@ -108,6 +111,53 @@ fn peer_on_the_nodes(bed: &Bed) -> Result<()> {
         container::unpod(bed, node, id)?;
     }
     Ok(())
+}
+
+/// Datagrams are sent once: what comes while nobody runs must be kept for whoever runs afterwards.
+fn datagrams(bed: &Bed) -> Result<()> {
+    probe(bed, "10.77.5.1", &["udp-echo", "7005"])?;
+    traffic::wait_inside(bed, "n1", "udp listening")?;
+    let socket = trouble::in_network(bed, "c", || {
+        let socket = UdpSocket::bind((CLIENT, 0))?;
+        socket.connect("10.77.5.1:7005")?;
+        Ok(socket)
+    })?;
+    let mut said = 0;
+    let mut word = [0; 16];
+    let mut hear = |wanted: u32, limit: Duration| -> Result<bool> {
+        socket.set_read_timeout(Some(limit))?;
+        let Ok(len) = socket.recv(&mut word) else { return Ok(false) };
+        let heard = String::from_utf8_lossy(&word[..len]).into_owned();
+        ensure!(heard == wanted.to_string(), "{heard:?} came back instead of {wanted}");
+        Ok(true)
+    };
+    socket.send(b"0")?;
+    ensure!(hear(0, Duration::from_secs(10))?, "no answer before the first move");
+    for moves in [true, false] {
+        let fault = Fault::at(bed, Node::B, "held")?;
+        let attempt = Attempt::start(bed, "n1", &[])?;
+        fault.reached()?;
+        for n in said + 1..=said + 5 {
+            socket.send(n.to_string().as_bytes())?;
+        }
+        ensure!(!hear(0, Duration::from_millis(300))?, "something answered in the freeze");
+        if !moves {
+            // the destination ends: the container runs on where it was
+            trouble::kill(bed, Node::B, trouble::SHIM)?;
+        }
+        drop(fault);
+        let outcome = attempt.finish()?;
+        ensure!((outcome.code == 0) == moves, "{outcome:?}");
+        for n in said + 1..=said + 5 {
+            ensure!(hear(n, Duration::from_secs(10))?, "datagram {n} of the freeze is lost (moved: {moves})");
+        }
+        said += 5;
+        ensure!(!hear(0, Duration::from_millis(300))?, "a datagram came twice");
+        if moves {
+            moves::migrate(bed, "n1", Node::B, Node::A)?;
+        }
+    }
+    remove(bed, Node::A)
 }
 
 fn ipv6_connection(bed: &Bed) -> Result<()> {

@@ -23,6 +23,7 @@ mod tcp;
 mod threads;
 mod timers;
 mod tree;
+mod udp;
 mod unix_pair;
 mod visits;
 mod zombie;
@@ -53,6 +54,7 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
   names DIR                  open files that are renamed, deleted, replaced, one of two names deleted
   patient                    stdin is read from the first USR1 on; lines come back as `in LINE`
   io-uring                   hold an io_uring
+  udp-echo PORT              datagrams go back to their sender
   unix-pair                  a socketpair between two processes
   threads N                  N threads, each with its own counter
   tree N                     N children with a child each, all answering through pipes
@@ -95,6 +97,7 @@ fn run() -> Result<(), String> {
         "mutate-again" => mutate::again(&mut args),
         "ask" => mutate::ask(&mut args),
         "io-uring" => io_uring::run(&args),
+        "udp-echo" => udp::echo(&mut args),
         "unix-pair" => unix_pair::run(&args),
         "threads" => threads::run(&mut args),
         "tree" => tree::run(&mut args),

@@ -1,0 +1,95 @@
+//! What CRIU says while it dumps, on its way to the destination: the pages that there are, and the shared memory that it does not see.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::mpsc;
+
+use anyhow::{Context as _, Result};
+
+use super::super::code_pages::CodePages;
+use super::super::link::Link;
+use super::super::shared::{Object, Sent};
+use super::super::stream::Sender;
+use crate::criu::mm_image::Mappings;
+use crate::criu::page_server::{PE_PARENT, page_size};
+use crate::criu::{ImageKind, PageEvent};
+use crate::memory::{RangeSet, Space};
+
+/// Takes what CRIU says. CRIU's calls come one after the other, from different closures: hence the cells.
+pub(super) struct Listener<'a> {
+    pub sender: RefCell<Sender<'a>>,
+    open: Cell<Option<Space>>,
+    listed: RefCell<BTreeMap<Space, RangeSet>>,
+    objects: RefCell<Option<mpsc::Sender<Object>>>,
+}
+
+impl<'a> Listener<'a> {
+    /// `objects` gets the shared memory that CRIU does not see.
+    pub fn new(link: &'a Link, objects: mpsc::Sender<Object>) -> Listener<'a> {
+        Listener {
+            sender: RefCell::new(Sender::new(link)),
+            open: Cell::new(None),
+            listed: RefCell::default(),
+            objects: RefCell::new(Some(objects)),
+        }
+    }
+
+    /// Passes an event on: code pages as they were, shared memory that the destination has as holes.
+    pub fn event(&self, event: PageEvent<'_>, code: &CodePages, shared: &Sent) -> Result<()> {
+        match event {
+            PageEvent::Open { kind, id } => self.open.set(Some(Space { kind, id })),
+            PageEvent::Hole { vaddr, pages, .. } => {
+                if let Some(space) = self.open.get() {
+                    let end = vaddr + pages * page_size() as u64;
+                    self.listed.borrow_mut().entry(space).or_default().insert(vaddr..end);
+                }
+            }
+            PageEvent::Close => self.open.set(None),
+            PageEvent::Pages { .. } | PageEvent::Idle => {}
+        }
+        let open = self.open.get();
+        let mut send = |event: PageEvent<'_>| self.sender.borrow_mut().pages(event);
+        code.mend(open, event, &mut |event| shared.filter(open, event, &mut send))
+    }
+
+    /// An object of shared memory that CRIU does not see, in the image that is open.
+    pub fn object(&self, file: File) -> Result<()> {
+        let space = self.open.get().context("shared memory outside of an image")?;
+        let object = Object::new(space, file)?;
+        for run in object.pages.iter() {
+            let (vaddr, pages) = (run.start, (run.end - run.start) / page_size() as u64);
+            self.sender.borrow_mut().pages(PageEvent::Hole { vaddr, pages, flags: PE_PARENT })?;
+        }
+        // whoever takes them has failed if they cannot be sent, and says why
+        self.objects.borrow().as_ref().context("shared memory after the dump")?.send(object).ok();
+        Ok(())
+    }
+
+    /// CRIU is done: no more objects will come.
+    pub fn end(&self) {
+        self.objects.take();
+    }
+
+    /// The way to the destination, and the pages that CRIU says exist and has not sent itself.
+    pub fn into_parts(self) -> (Sender<'a>, BTreeMap<Space, RangeSet>) {
+        (self.sender.into_inner(), self.listed.into_inner())
+    }
+}
+
+/// Addresses of a task whose pages cannot follow later: its stack is used at once, and the rest CRIU restores itself.
+pub(super) fn needed_at_restore(images: &Path, id: u64) -> Result<RangeSet> {
+    let mappings = Mappings::read(images, id)?;
+    let all = RangeSet::from(0..u64::MAX);
+    Ok(all.difference(&mappings.lazy()).union(&mappings.stacks()))
+}
+
+/// What a post-copy may leave behind of `late` pages of a space: (what is to be sent now, what stays).
+pub(super) fn split(images: &Path, space: Space, late: RangeSet) -> Result<(RangeSet, RangeSet)> {
+    if space.kind != ImageKind::Pid {
+        return Ok((late, RangeSet::default()));
+    }
+    let needed = needed_at_restore(images, space.id)?;
+    Ok((late.intersection(&needed), late.difference(&needed)))
+}
