@@ -56,6 +56,10 @@ pub struct DumpRequest<'a> {
     /// extra names exist that CRIU gives to unlinked files (`link_remap.N`): the writable layer has to be read here, or
     /// at least those names kept. An error makes the dump fail.
     pub on_post_dump: Option<&'a mut dyn FnMut() -> Result<()>>,
+    /// Called when every image is complete and every page was told of, while CRIU leaves the tasks, which still stand still. Whoever
+    /// needs the images need not wait for CRIU's end, but has nothing before [`PreparedDump::dump`] has returned. An error makes
+    /// the dump fail.
+    pub on_images: Option<&'a mut dyn FnMut() -> Result<()>>,
     /// With [`MemoryMode::Parent`], where CRIU lists pages.
     pub listing: Listing<'a>,
     /// Called with each object of shared memory whose pages CRIU does not see ([`Worker::conceal`]), after the
@@ -237,7 +241,7 @@ impl PreparedDump {
         opts.images_dir_fd = images.as_raw_fd();
         opts.work_dir_fd = Some(work.as_raw_fd());
         opts.log_file = Some(LOG_FILE.to_owned());
-        opts.notify_scripts = Some(request.on_post_dump.is_some());
+        opts.notify_scripts = Some(request.on_post_dump.is_some() || request.on_images.is_some());
         let tasks = match (request.listing, &memory) {
             (Listing::Sent, _) | (_, Memory::Full) => None,
             (Listing::Written(tasks), _) => Some(tasks),
@@ -275,6 +279,7 @@ impl PreparedDump {
         };
         let mut in_post_dump = Duration::ZERO;
         let mut list = tasks.map(|_| request.images_dir);
+        let mut complete = false;
         let answer = loop {
             let Ready { rpc: rpc_ready, pages: pages_ready, asks, silent } =
                 wait(&worker, &pages, questions.as_ref())?;
@@ -321,17 +326,22 @@ impl PreparedDump {
             if let Err(e) = answered {
                 break Err(e);
             }
-            // the memory images are complete, and CRIU takes its time to leave the tasks
+            // all images are complete (criu/cr-dump.c, cr_dump_finish), and CRIU takes its time to leave the tasks
             if message.notify.as_ref().is_some_and(|n| n.script.as_deref() == Some("post-dump")) {
-                failure = failure.or_else(|| replay(list.take(), &mut timed_sink));
+                let images = list.take();
+                complete = true;
+                failure = failure.or_else(|| {
+                    let completed = completed(request, images, &mut timed_sink);
+                    completed.and_then(|()| request.on_images.as_mut().map_or(Ok(()), |hook| hook())).err()
+                });
             }
         };
         worker.finish();
         stats.in_post_dump = in_post_dump;
         // its link is no image
         drop(parent);
-        if answer.as_ref().is_ok_and(|a| a.success) {
-            failure = failure.or_else(|| replay(list.take(), &mut timed_sink));
+        if !complete && answer.as_ref().is_ok_and(|a| a.success) {
+            failure = failure.or_else(|| completed(request, list, &mut timed_sink).err());
         }
 
         stats.page_bytes = pages.bytes();
@@ -342,13 +352,7 @@ impl PreparedDump {
             return Err(e.context("dumping the container"));
         }
         match answer {
-            Ok(answer) if answer.r#type == ReqType::Dump as i32 && answer.success => {
-                if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
-                    super::cgroup_image::strip(request.images_dir)?;
-                }
-                super::timerfd_image::rearm(request.images_dir)?;
-                Ok(stats)
-            }
+            Ok(answer) if answer.r#type == ReqType::Dump as i32 && answer.success => Ok(stats),
             other => {
                 let log = request.work_dir.join(LOG_FILE);
                 let found = log::first_error_in(&log);
@@ -362,10 +366,15 @@ impl PreparedDump {
     }
 }
 
-/// Takes the list of pages from the images, if it is there; gives what went wrong.
-fn replay(images: Option<&Path>, sink: &mut PageSink<'_>) -> Option<Error> {
-    let result = listing::replay(images?, sink);
-    result.err().map(|e| e.context("taking the list of pages from CRIU's images"))
+/// CRIU has written all images: the list of pages is taken from those in `list`, and what a restore elsewhere could not use is mended.
+fn completed(request: &DumpRequest<'_>, list: Option<&Path>, sink: &mut PageSink<'_>) -> Result<()> {
+    if let Some(images) = list {
+        listing::replay(images, sink).context("taking the list of pages from CRIU's images")?;
+    }
+    if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
+        super::cgroup_image::strip(request.images_dir)?;
+    }
+    super::timerfd_image::rearm(request.images_dir)
 }
 
 /// Is the worker's cache still the copy? Another build of CRIU removes a cache that is not its own, and every mount on it with it.

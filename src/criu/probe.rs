@@ -176,6 +176,7 @@ fn dump_subject(prepared: PreparedDump, pid: i32, dir: &Path, sink: &mut PageSin
         work_dir: dir,
         descriptors: &Default::default(),
         on_post_dump: None,
+        on_images: None,
         listing: Listing::Written(&[u64::from(pid.unsigned_abs())]),
         on_shared: None,
     };

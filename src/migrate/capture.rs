@@ -91,6 +91,7 @@ pub(super) fn full(
         work_dir: &work,
         descriptors: &descriptors,
         on_post_dump: Some(&mut on_post_dump),
+        on_images: None,
         listing: Listing::Sent,
         on_shared: None,
     };

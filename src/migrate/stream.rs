@@ -207,7 +207,7 @@ impl<'a> Sender<'a> {
     }
 
     /// Says that this was everything.
-    pub fn finish(self) -> Result<Final> {
+    pub fn finish(&mut self) -> Result<Final> {
         let totals = self.counter.totals();
         self.link.json(Kind::Final, &totals)?;
         self.link.flush()?;

@@ -98,6 +98,7 @@ impl Subject {
                 work_dir: dir.path(),
                 descriptors: &Default::default(),
                 on_post_dump: None,
+                on_images: None,
                 listing,
                 on_shared: Some(&mut on_shared),
             },

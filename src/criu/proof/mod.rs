@@ -402,6 +402,7 @@ impl Bed {
                 images_dir: &images_out,
                 work_dir: &work,
                 descriptors: &descriptors,
+                on_images: None,
                 on_post_dump: Some(&mut || {
                     post_dump = true;
                     Ok(())
@@ -515,6 +516,7 @@ impl Bed {
                 images_dir: dir.path(),
                 work_dir: dir.path(),
                 descriptors: &stdio::descriptors(None, from.pid)?,
+                on_images: None,
                 on_post_dump: Some(&mut || anyhow::bail!("cut")),
                 listing: Listing::Sent,
                 on_shared: None,

@@ -88,13 +88,14 @@ impl Beside<'_> {
 
     /// Finds what was written last, and sends it if `send`. CRIU takes as long to look at the same tasks. What it maps into
     /// them for a while counts as written, and goes nowhere: no image names it.
-    pub fn written_last(
+    /// Gives the copier back.
+    pub fn written_last<'c>(
         &self,
-        copier: &mut Copier,
+        copier: &'c mut Copier,
         tasks: &[Task],
         known: Known,
         send: bool,
-    ) -> Done<Vec<Found>> {
+    ) -> Done<(Vec<Found>, &'c mut Copier)> {
         self.timed(|items| {
             let at = items.now();
             let mut found = match known {
@@ -111,7 +112,7 @@ impl Beside<'_> {
                 copier.send(&found, self.link, &|_| self.abort.go_on())?;
             }
             items.until_now("final pages", at);
-            Ok(found)
+            Ok((found, copier))
         })
     }
 

@@ -72,9 +72,9 @@ impl<'a> Listener<'a> {
         self.objects.take();
     }
 
-    /// The way to the destination, and the pages that CRIU says exist and has not sent itself.
-    pub fn into_parts(self) -> (Sender<'a>, BTreeMap<Space, RangeSet>) {
-        (self.sender.into_inner(), self.listed.into_inner())
+    /// The pages that CRIU says exist and has not sent itself.
+    pub fn listed(&self) -> BTreeMap<Space, RangeSet> {
+        self.listed.take()
     }
 }
 

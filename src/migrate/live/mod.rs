@@ -23,7 +23,7 @@ use super::layers::Layers;
 use super::precopy::{Ahead, Next, merge};
 use super::prepared::Prepared;
 use super::protocol::Frozen;
-use super::report::{Clock, Report};
+use super::report::{Clock, Report, millis};
 use super::source::SourceTask;
 use super::still::Still;
 use super::tmpfs::Tmpfs;
@@ -87,7 +87,8 @@ pub(super) fn freeze(
     let pids: Vec<i32> = still.freezer().pids().context("listing the frozen tasks")?.into_iter().collect();
     let tasks = tasks(&pids);
     cx.link.json(Kind::Frozen, &Frozen { processes: tasks.len() })?;
-    let mut items = Items::new(still.since());
+    let since = still.since();
+    let mut items = Items::new(since);
     items.add("freeze", 0.0, entering.freeze_ms);
     items.add("fence", entering.freeze_ms, entering.fence_ms);
     items.add("quiesce", entering.freeze_ms + entering.fence_ms, entering.quiesce_ms);
@@ -109,31 +110,22 @@ pub(super) fn freeze(
     let layer_at = Cell::new((0.0, 0.0));
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
-        let from = items.now();
+        let from = millis(since.elapsed());
         times.put_back();
         layers.last(&pids, &mut listener.sender.borrow_mut())?;
-        layer_at.set((from, items.now() - from));
+        layer_at.set((from, millis(since.elapsed()) - from));
         Ok(())
     };
     let mut on_shared = |file| listener.object(file);
     let ids: Vec<u64> = tasks.iter().map(|t| t.vpid).collect();
     let listed_in_files = !first && !copier.knows_shared();
-    let mut request = DumpRequest {
-        opts,
-        images_dir: &images,
-        work_dir: &work,
-        descriptors: &descriptors,
-        on_post_dump: Some(&mut on_post_dump),
-        // where pages are listed in files nothing tells whose an object is; only what nobody knew of is concerned
-        on_shared: if listed_in_files { None } else { Some(&mut on_shared) },
-        listing: if listed_in_files { Listing::Written(&ids) } else { Listing::Sent },
-    };
     let code = CodePages::of(&tasks);
     // before CRIU's tar can ask for it
     let table = tmpfs.is_some().then(|| Table::create(&tools)).transpose()?;
-    let beside = Beside { abort: cx.abort, link: cx.link, since: still.since() };
-    let mut joined = Items::new(still.since());
-    let (dumped, found, staged, compared) = thread::scope(|scope| {
+    let beside = Beside { abort: cx.abort, link: cx.link, since };
+    let mut rest = Items::new(since);
+    let mut gone = None;
+    let dumped = thread::scope(|scope| {
         let copier = &mut **copier;
         let (tasks, pids, shared) = (&tasks, &pids, &shared);
         let staged = tmpfs
@@ -142,44 +134,56 @@ pub(super) fn freeze(
             .map(|(tmpfs, table)| scope.spawn(move || beside.tmpfs(tmpfs, table, pids)));
         let last = scope.spawn(move || beside.written_last(copier, tasks, known, !post_copy));
         let compared = scope.spawn(move || beside.shared(shared, concealed));
+        let mut threads = Some((last, staged, compared));
+        // everything is known: what is missing goes over while CRIU leaves the tasks
+        let mut on_images = || {
+            listener.end();
+            let (last, staged, compared) = threads.take().context("CRIU dumps twice")?;
+            let (found, copier) = rest.join("copying the last pages", last)?;
+            let staged = staged.map_or(Ok(0), |staged| rest.join("copying tmpfs files", staged))?;
+            rest.join("comparing shared memory", compared)?;
+            cx.begin(clock, "late pages");
+            let at = rest.now();
+            let left = Late { cx, images: &images, tasks, copier, post_copy }.send(listener.listed())?;
+            rest.until_now("late pages", at);
+            cx.begin(clock, "files");
+            let at = rest.now();
+            let mut sender = listener.sender.borrow_mut();
+            sender.tmpfs_sent(staged);
+            sender.files(&images, &HashSet::from([stdio::FILE.into()]))?;
+            name_pages(cx, Kind::RemotePages, left.iter().map(|(space, pages)| (*space, pages)))?;
+            name_pages(cx, Kind::HotPages, found.iter().map(|f: &Found| (f.space, &f.written)))?;
+            sender.stdio(&carry)?;
+            gone = Some((left, sender.finish()?));
+            rest.until_now("files", at);
+            Ok(())
+        };
+        let mut request = DumpRequest {
+            opts,
+            images_dir: &images,
+            work_dir: &work,
+            descriptors: &descriptors,
+            on_post_dump: Some(&mut on_post_dump),
+            on_images: Some(&mut on_images),
+            // where pages are listed in files nothing tells whose an object is; only what nobody knew of is concerned
+            on_shared: if listed_in_files { None } else { Some(&mut on_shared) },
+            listing: if listed_in_files { Listing::Written(&ids) } else { Listing::Sent },
+        };
         let dumped = worker.dump(&mut request, &mut |event| {
             listener.event(event, &code, shared)?;
             cx.go_on()
         });
+        // where CRIU failed before
         listener.end();
-        (
-            dumped,
-            joined.join("copying the last pages", last),
-            staged.map_or(Ok(0), |staged| joined.join("copying tmpfs files", staged)),
-            joined.join("comparing shared memory", compared),
-        )
+        dumped
     });
     drop(times);
     items.until_now("CRIU dump", at);
-    items.all.append(&mut joined.all);
+    items.all.append(&mut rest.all);
     let (layer_from, layer_took) = layer_at.get();
     items.add("layer", layer_from, layer_took);
-
-    let (mut sender, listed) = listener.into_parts();
-    let mut late = Late { cx, images: &images, tasks: &tasks, copier, post_copy };
-    let streamed = dumped.and_then(|_| {
-        let found = found?;
-        sender.tmpfs_sent(staged?);
-        compared?;
-        cx.begin(clock, "late pages");
-        let at = items.now();
-        let left = late.send(listed)?;
-        items.until_now("late pages", at);
-        cx.begin(clock, "files");
-        let at = items.now();
-        sender.files(&images, &HashSet::from([stdio::FILE.into()]))?;
-        name_pages(cx, Kind::RemotePages, left.iter().map(|(space, pages)| (*space, pages)))?;
-        name_pages(cx, Kind::HotPages, found.iter().map(|f: &Found| (f.space, &f.written)))?;
-        sender.stdio(&carry)?;
-        items.until_now("files", at);
-        Ok((left, sender.finish()?))
-    });
-    let (left, sent) = streamed.map_err(|e| reason(e, cx, &work))?;
+    let gone = dumped.and_then(|_| gone.context("CRIU ended without saying that it had dumped everything"));
+    let (left, sent) = gone.map_err(|e| reason(e, cx, &work))?;
     items.all.sort_by(|a, b| a.start_ms.total_cmp(&b.start_ms));
     drop(dir);
     let report = Report {
