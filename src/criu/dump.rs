@@ -272,6 +272,10 @@ impl PreparedDump {
 
         let mut failure: Option<Error> = None;
         let mut timed_sink = |event: super::page_server::PageEvent<'_>| {
+            // there may be very many of these
+            if let super::page_server::PageEvent::Hole { .. } = event {
+                return on_pages(event);
+            }
             let at = Instant::now();
             let result = on_pages(event);
             stats.in_sink += at.elapsed();

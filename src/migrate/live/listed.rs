@@ -21,6 +21,8 @@ use crate::memory::{RangeSet, Space};
 pub(super) struct Listener<'a> {
     pub sender: RefCell<Sender<'a>>,
     open: Cell<Option<Space>>,
+    /// What there is of the space that is open, and of those before it.
+    pages: RefCell<RangeSet>,
     listed: RefCell<BTreeMap<Space, RangeSet>>,
     objects: RefCell<Option<mpsc::Sender<Object>>>,
 }
@@ -31,6 +33,7 @@ impl<'a> Listener<'a> {
         Listener {
             sender: RefCell::new(Sender::new(link)),
             open: Cell::new(None),
+            pages: RefCell::default(),
             listed: RefCell::default(),
             objects: RefCell::new(Some(objects)),
         }
@@ -40,13 +43,16 @@ impl<'a> Listener<'a> {
     pub fn event(&self, event: PageEvent<'_>, code: &CodePages, shared: &Sent) -> Result<()> {
         match event {
             PageEvent::Open { kind, id } => self.open.set(Some(Space { kind, id })),
+            // there may be very many of these, and nothing below changes them
             PageEvent::Hole { vaddr, pages, .. } => {
-                if let Some(space) = self.open.get() {
-                    let end = vaddr + pages * page_size() as u64;
-                    self.listed.borrow_mut().entry(space).or_default().insert(vaddr..end);
+                self.pages.borrow_mut().insert(vaddr..vaddr + pages * page_size() as u64);
+                return self.sender.borrow_mut().pages(event);
+            }
+            PageEvent::Close => {
+                if let Some(space) = self.open.take() {
+                    self.listed.borrow_mut().insert(space, self.pages.take());
                 }
             }
-            PageEvent::Close => self.open.set(None),
             PageEvent::Pages { .. } | PageEvent::Idle => {}
         }
         let open = self.open.get();

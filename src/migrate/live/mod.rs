@@ -28,7 +28,7 @@ use super::source::SourceTask;
 use super::still::Still;
 use super::tmpfs::Tmpfs;
 use crate::criu::tar::staged::Table;
-use crate::criu::{DumpRequest, Listing, stdio};
+use crate::criu::{DumpRequest, Listing, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Task, TrackerKind, tasks};
 use crate::memory::{RangeSet, Space};
@@ -170,8 +170,9 @@ pub(super) fn freeze(
             listing: if listed_in_files { Listing::Written(&ids) } else { Listing::Sent },
         };
         let dumped = worker.dump(&mut request, &mut |event| {
+            let many = matches!(event, PageEvent::Hole { .. });
             listener.event(event, &code, shared)?;
-            cx.go_on()
+            if many { Ok(()) } else { cx.go_on() }
         });
         // where CRIU failed before
         listener.end();
