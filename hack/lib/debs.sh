@@ -6,9 +6,12 @@ DEB_MIRROR=${DEB_MIRROR:-http://deb.debian.org/debian}
 # needed by maintainer scripts only, which never run here
 DEB_SKIP='perl*|debconf*|adduser*|passwd*|login*|systemd*|dpkg_*|tar_*|init-system*|libperl*|lsb-*|sysvinit*|cdebconf*'
 
-# debs_fetch DIR SUITE PKG...: the .deb files come to lie in DIR/cache/archives
+# debs_fetch DIR SUITE PKG...: the .deb files come to lie in DIR/cache/archives. DEB_ARCHITECTURES: more than amd64, separated by spaces
 debs_fetch() {
-  local dir=$1 suite=$2 trust=''; shift 2
+  local dir=$1 suite=$2 trust='' archs a; shift 2
+  archs='APT::Architectures {'
+  for a in ${DEB_ARCHITECTURES:-amd64}; do archs+=" \"$a\";"; done
+  archs+=' };'
   mkdir -p "$dir"/{state/lists/partial,cache/archives/partial,etc/{apt.conf.d,preferences.d,sources.list.d,trusted.gpg.d}}
   # the Release files of testing and unstable may have run out on a mirror; this waives their date, not their signature
   case $suite in forky | sid) trust=' check-valid-until=no' ;; esac
@@ -16,7 +19,7 @@ debs_fetch() {
   : > "$dir/state/status"
   cat > "$dir/apt.conf" <<CONF
 Dir::State "$dir/state"; Dir::State::status "$dir/state/status"; Dir::Cache "$dir/cache"; Dir::Etc "$dir/etc";
-APT::Install-Recommends "false"; APT::Sandbox::User "root"; APT::Architecture "amd64"; Acquire::Languages "none"; Acquire::Retries "3";
+APT::Install-Recommends "false"; APT::Sandbox::User "root"; APT::Architecture "amd64"; $archs Acquire::Languages "none"; Acquire::Retries "3";
 #clear APT::Update::Post-Invoke-Success;
 #clear DPkg::Post-Invoke;
 #clear APT::Update::Post-Invoke;

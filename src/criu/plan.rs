@@ -282,11 +282,13 @@ impl Part {
             bail!("pages {:#x}..{:#x} are still on the source and cannot be lazy", first.start, first.end);
         }
         let here = holes.difference(&remote);
-        if let Some(first) = here.difference(&store.covered(space)).iter().next() {
+        // there may be very many pieces, and the tasks stand still
+        let data = here.intersection(&store.data(space));
+        let empty = here.difference(&data);
+        if let Some(first) = empty.difference(&store.zero_pages(space)).iter().next() {
             bail!("pages {:#x}..{:#x} never came", first.start, first.end);
         }
-        let data = here.intersection(&store.data(space));
-        let zero = here.difference(&data).difference(&zero_by_itself);
+        let zero = empty.difference(&zero_by_itself);
         let lazy = data.intersection(&may_wait);
         let stored = data.difference(&lazy);
         let stacks = lazy.intersection(&mappings.stacks());
@@ -307,15 +309,18 @@ impl Part {
 
     /// Takes these out of what is lazy, as far as `room` goes.
     fn make_eager(&mut self, wanted: &RangeSet, room: &mut u64) {
+        let mut taken = RangeSet::new();
         for range in self.lazy.intersection(wanted).iter() {
             let end = range.end.min(range.start.saturating_add(*room));
             if end <= range.start {
-                return;
+                break;
             }
             *room -= end - range.start;
-            self.lazy.remove(range.start..end);
-            self.stored.insert(range.start..end);
+            taken.insert(range.start..end);
         }
+        // at once: to take one piece out of very many moves all that follow
+        self.lazy = self.lazy.difference(&taken);
+        self.stored = self.stored.union(&taken);
     }
 }
 

@@ -147,6 +147,11 @@ impl Store {
         self.spaces.get(&space).map(|h| h.data.to_set()).unwrap_or_default()
     }
 
+    /// What is known to be zero, and was not put.
+    pub fn zero_pages(&self, space: Space) -> RangeSet {
+        self.spaces.get(&space).map(|h| h.zero.clone()).unwrap_or_default()
+    }
+
     /// Every space that anything was put or zeroed in.
     pub fn spaces(&self) -> impl Iterator<Item = Space> + '_ {
         self.spaces.keys().copied()
@@ -194,7 +199,7 @@ impl Store {
         let held = self.known(space, &range)?;
         // Not sendfile: it compares the offset in our file with the largest that the other file system knows, 2^44 on ext4.
         // A buffer that stays in the processor's cache.
-        let mut buf = vec![0; 256 << 10];
+        let mut buf = vec![0; (range.end - range.start).min(256 << 10) as usize];
         let mut at = range.start;
         while at < range.end {
             let n = (range.end - at).min(buf.len() as u64) as usize;
