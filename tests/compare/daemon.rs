@@ -45,6 +45,11 @@ impl Daemon {
         Daemon { channel, namespace }
     }
 
+    /// The namespace.
+    pub fn namespace(&self) -> &'static str {
+        self.namespace
+    }
+
     fn tasks(&self) -> TasksClient<Channel> {
         TasksClient::new(self.channel.clone()).max_decoding_message_size(16 << 20)
     }

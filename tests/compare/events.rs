@@ -3,9 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use containerd_client::events as e;
-use containerd_client::services::v1::{SubscribeRequest, events_client::EventsClient};
+use containerd_client::services::v1::{PublishRequest, SubscribeRequest, events_client::EventsClient};
 use containerd_client::tonic::transport::Channel;
 use containerd_client::types::Envelope;
 use prost::Message;
@@ -13,32 +13,44 @@ use tokio::runtime::Handle;
 
 use crate::bed::patient;
 use crate::calls::time;
+use crate::daemon::Daemon;
 use crate::normal::Normal;
 use crate::record::Record;
 
 /// After the last deletion, how long a shim that does not tell of it is waited for.
 const LAST: Duration = Duration::from_millis(500);
 
+/// The topic of our own events, by which it is seen that the subscription has begun.
+const MARK: &str = "/compare/mark";
+
 /// The events of a namespace since it was made.
 pub struct Events(Arc<Mutex<Vec<Envelope>>>);
 
 impl Events {
-    /// Subscribes.
-    pub fn subscribe(handle: &Handle, channel: Channel, namespace: &str) -> Result<Events> {
-        let filters = vec![format!("namespace=={namespace},topic~=\"^/tasks/\"")];
-        let request = SubscribeRequest { filters };
-        let mut stream = handle
-            .block_on(EventsClient::new(channel).subscribe(request))
-            .context("subscribing to events")?
-            .into_inner();
+    /// Subscribes, and waits until events come.
+    pub fn subscribe(handle: &Handle, channel: Channel, daemon: &Daemon) -> Result<Events> {
+        let filters = vec![format!("namespace=={},topic~=\"^(/tasks/|{MARK})\"", daemon.namespace())];
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let list = Arc::clone(&seen);
+        let (list, mut client) = (Arc::clone(&seen), EventsClient::new(channel));
+        let mut stream_client = client.clone();
         handle.spawn(async move {
+            // containerd answers with its first event
+            let stream = stream_client.subscribe(SubscribeRequest { filters }).await;
+            let Ok(mut stream) = stream.map(|s| s.into_inner()) else { return };
             while let Ok(Some(envelope)) = stream.message().await {
                 list.lock().unwrap_or_else(PoisonError::into_inner).push(envelope);
             }
         });
-        Ok(Events(seen))
+        let events = Events(seen);
+        let start = Instant::now();
+        while events.count() == 0 {
+            ensure!(start.elapsed() < patient(Duration::from_secs(10)), "containerd sends no events");
+            let event = Some(prost_types::Any { type_url: "compare.Mark".into(), value: Vec::new() });
+            let request = PublishRequest { topic: MARK.into(), event };
+            handle.block_on(client.publish(daemon.request(request))).context("publishing an event")?;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(events)
     }
 
     /// How many have come so far: a mark for [`Events::note`].

@@ -82,7 +82,10 @@ impl Stage {
         let image = format!("{cache}/images/busybox.tar");
         bed.ok(Node::A, &["ctr", "-n", name, "images", "import", &image])?;
         let table = bed.ok(Node::A, &["ctr", "-n", name, "snapshots", "ls"])?;
-        let committed = table.lines().find(|l| l.ends_with("Committed")).context("no unpacked image")?;
+        let committed = table
+            .lines()
+            .find(|l| l.split_whitespace().last() == Some("Committed"))
+            .context("no unpacked image")?;
         let parent = committed.split_whitespace().next().context("a snapshot's key")?.to_owned();
         let pid = bed.pid(Node::A)?;
         let root = bed.path(Node::A, "/")?;
@@ -93,7 +96,7 @@ impl Stage {
         std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
         let socket = root.join("run/containerd/containerd.sock");
         let channel = handle.block_on(containerd_client::connect(&socket)).context("containerd")?;
-        let events = Events::subscribe(&handle, channel.clone(), name)?;
+        let events = Events::subscribe(&handle, channel.clone(), &Daemon::new(channel.clone(), name))?;
         let namespace = handle.block_on(Containerd::connect(&socket))?.namespace(name)?;
         let our_program = requirements::bin_dir().canonicalize()?.join(Side::Ours.program());
         ensure!(our_program.exists(), "no {}", our_program.display());
