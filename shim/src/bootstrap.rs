@@ -28,7 +28,7 @@ use containerd_shim::{
     cgroup,
     protos::{
         protobuf::{Message, MessageField, well_known_types::any::Any},
-        shim::{oci::Options, shim::DeleteResponse},
+        shim::shim::DeleteResponse,
         types::introspection::{RuntimeInfo, RuntimeVersion},
     },
 };
@@ -72,15 +72,20 @@ pub fn start(flags: &Flags) -> Result<()> {
     }
     // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own.
     fs::write(bundle.join("address"), &address).context("write the address file")?;
-    let answer = match protocol {
-        Protocol::Bootstrap => {
-            let answer =
-                BootstrapResult { version: 3, address, protocol: "ttrpc".into(), ..Default::default() };
-            answer.write_to_bytes().context("encode the answer")?
-        }
-        Protocol::Legacy => legacy_answer(detect::task_api(&flags.publish_binary), &address),
-    };
+    let answer = answer(&protocol, &flags.publish_binary, &address)?;
     io::stdout().write_all(&answer).and_then(|()| io::stdout().flush()).context("answer containerd")
+}
+
+/// The answer to `start`, in the form that the caller understands.
+fn answer(protocol: &Protocol, publish_binary: &str, address: &str) -> Result<Vec<u8>> {
+    match protocol {
+        Protocol::Bootstrap => {
+            let (address, protocol) = (address.to_string(), "ttrpc".to_string());
+            let answer = BootstrapResult { version: 3, address, protocol, ..Default::default() };
+            answer.write_to_bytes().context("encode the answer")
+        }
+        Protocol::Legacy => Ok(legacy_answer(detect::task_api(publish_binary), address)),
+    }
 }
 
 /// containerd 1.x takes a bare address for a v2 shim (all of them do); 2.x takes JSON for any.
@@ -221,18 +226,15 @@ fn share_core_scheduling() -> Result<()> {
 
 /// Puts the server where the options want it, and makes it a likelier victim of the OOM killer than containerd.
 fn confine(opts: &StartOpts, pid: u32) -> Result<()> {
-    let cgroup = match opts.extension::<Options>().context("read the runtime options")? {
-        Some(options) => options.shim_cgroup,
-        None => String::new(),
-    };
+    // either kind of options; what cannot be read is for Create to refuse
+    let options = opts.extensions.iter().find_map(|any| options::runtime_options(Some(any)).ok());
+    let cgroup = options.unwrap_or_default().shim_cgroup;
     if !cgroup.is_empty() {
         cgroup::add_task_to_cgroup(&cgroup, pid).with_context(|| format!("join cgroup {cgroup}"))?;
     }
     // Not fatal, unlike in the Go shim: without CAP_SYS_RESOURCE (a containerd inside a container) it may be impossible, and nothing
-    // else depends on it.
-    if let Err(e) = cgroup::adjust_oom_score(pid) {
-        eprintln!("cannot adjust the OOM score of the shim: {e}");
-    }
+    // else depends on it. Not told either: containerd reads stdout and stderr of `start` as one answer.
+    let _ = cgroup::adjust_oom_score(pid);
     Ok(())
 }
 
@@ -245,12 +247,13 @@ pub fn delete(flags: &Flags) -> Result<()> {
     };
     let options = options::load(&bundle)?;
     // Child::wait is right here: this process has no reaper.
-    let output = Command::new(runc::binary(&options))
-        .arg("--root")
-        .arg(runc::root(&options, &flags.namespace))
-        .args(["delete", "--force", &flags.id])
-        .output();
-    match output {
+    let mut command = Command::new(runc::binary(&options));
+    command.arg("--root").arg(runc::root(&options, &flags.namespace));
+    // runc does nothing when it cannot write its log
+    if bundle.exists() {
+        command.arg("--log").arg(runc::log(&bundle)).args(["--log-format", "json"]);
+    }
+    match command.args(["delete", "--force", &flags.id]).output() {
         Ok(o) if o.status.success() => {}
         Ok(o) => eprintln!("failed to remove runc container: {}", String::from_utf8_lossy(&o.stderr).trim()),
         Err(e) => eprintln!("failed to remove runc container: {e}"),
@@ -328,6 +331,8 @@ fn read_stdin() -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use containerd_shim::protos::shim::oci::Options;
+
     use super::*;
 
     fn params() -> BootstrapParams {
@@ -348,6 +353,36 @@ mod tests {
         assert_eq!(protocol, Protocol::Bootstrap);
         assert_eq!(opts.ttrpc_address, "/run/c.sock.ttrpc");
         assert!(opts.socket_address("c1").starts_with("unix:///run/s/"));
+    }
+
+    /// What containerd 2.3 sends for the container c1 in k8s.io (`pkg/shim/util.go`, `Command`), as protoc encodes it from
+    /// containerd's `api/runtime/bootstrap/v1/bootstrap.proto`: log level DEBUG, version v2.3.0, the addresses, runc's options
+    /// `{shim_cgroup: "/sh", binary_name: "crun", systemd_cgroup: true}` as an extension, socket_dir `/run/s`.
+    const RECORDED: &[u8] = b"\n\x02c1\x12\x06k8s.io\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\"\x06v2.3.0\
+        *%/run/containerd/containerd.sock.ttrpc2\x1f/run/containerd/containerd.sock:\x13/usr/bin/containerd\
+        B-\n+\n\x1acontainerd.runc.v1.Options\x12\r\x1a\x03/sh2\x04crunH\x01J\x06/run/s";
+
+    #[test]
+    fn a_recorded_bootstrap_message_is_understood() {
+        let flags = Flags { id: "c1".into(), namespace: "k8s.io".into(), ..Default::default() };
+        let (opts, protocol) = start_options(RECORDED, &flags).unwrap();
+        assert_eq!(protocol, Protocol::Bootstrap);
+        assert_eq!(opts.address, "/run/containerd/containerd.sock");
+        assert_eq!(opts.ttrpc_address, "/run/containerd/containerd.sock.ttrpc");
+        assert_eq!((opts.publish_binary.as_str(), opts.debug), ("/usr/bin/containerd", true));
+        let options = opts.extension::<Options>().unwrap().unwrap();
+        assert_eq!((options.shim_cgroup.as_str(), options.binary_name.as_str()), ("/sh", "crun"));
+        assert!(options.systemd_cgroup);
+        let address = opts.socket_address("c1");
+        assert!(address.starts_with("unix:///run/s/") && address.len() == "unix:///run/s/".len() + 64);
+        assert!(bootstrap_message(RECORDED, "c2", "k8s.io").is_err(), "it is for another container");
+    }
+
+    #[test]
+    fn the_bootstrap_answer_is_protobuf() {
+        // as protoc decodes it: version 3, the address, the protocol
+        let wanted = b"\x08\x03\x12\x0funix:///run/s/x\x1a\x05ttrpc";
+        assert_eq!(answer(&Protocol::Bootstrap, "", "unix:///run/s/x").unwrap(), wanted);
     }
 
     #[test]

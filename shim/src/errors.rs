@@ -6,6 +6,7 @@
 use std::fmt;
 
 use containerd_shim_protos::ttrpc::{self, Code};
+use nix::errno::Errno;
 
 /// Result of everything that a Task API call may end with.
 pub type TaskResult<T> = Result<T, TaskError>;
@@ -53,6 +54,15 @@ impl TaskError {
     }
 }
 
+/// The system's words for an error as containerd's other parts write them: in small letters, without the number.
+pub fn system_words(e: Errno) -> String {
+    let mut words = e.desc().to_owned();
+    if let Some(first) = words.get_mut(..1) {
+        first.make_ascii_lowercase();
+    }
+    words
+}
+
 impl fmt::Display for TaskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -87,6 +97,12 @@ mod tests {
         let e = TaskError::from(anyhow::Error::from(TaskError::not_found("process already finished")));
         assert_eq!(e.code(), Code::NOT_FOUND);
         assert_eq!(e.to_string(), "process already finished: not found");
+    }
+
+    #[test]
+    fn the_systems_words_are_gos() {
+        assert_eq!(system_words(Errno::EINVAL), "invalid argument");
+        assert_eq!(system_words(Errno::ENOENT), "no such file or directory");
     }
 
     #[test]

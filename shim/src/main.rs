@@ -54,6 +54,7 @@ mod tests;
 use std::{process::ExitCode, sync::Arc};
 
 use anyhow::{Result, bail};
+use containerd_shim::Flags;
 use transship::{
     memory::{daemon::keeper, inject::helper},
     migrate::filling::KEEPER,
@@ -71,7 +72,16 @@ fn main() -> ExitCode {
         return helper::main();
     }
     server::save_memory();
-    match run() {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = match containerd_shim::parse(&args) {
+        Ok(flags) => flags,
+        Err(e) => {
+            eprintln!("{}: {e}", bootstrap::RUNTIME_NAME);
+            // Go's status for a wrong command line
+            return ExitCode::from(2);
+        }
+    };
+    match run(&flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // containerd shows the stderr of a failed start to the user.
@@ -81,9 +91,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<()> {
-    let args: Vec<_> = std::env::args_os().skip(1).collect();
-    let flags = containerd_shim::parse(&args)?;
+fn run(flags: &Flags) -> Result<()> {
     if flags.version {
         bootstrap::version();
         return Ok(());
@@ -95,12 +103,12 @@ fn run() -> Result<()> {
         bail!("shim namespace cannot be empty");
     }
     match flags.action.as_str() {
-        "start" => bootstrap::start(&flags),
-        "delete" => bootstrap::delete(&flags),
+        "start" => bootstrap::start(flags),
+        "delete" => bootstrap::delete(flags),
         _ => {
             // the reaper waits for every child: it must not see the stops of one that is traced
             helper::through(&transship::program::own()?);
-            server::run(&flags, Arc::new(migration::Migrations::default()))
+            server::run(flags, Arc::new(migration::Migrations::default()))
         }
     }
 }

@@ -41,6 +41,7 @@ mod subject;
 mod table;
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use bed::{Bed, Containerd, Node};
@@ -110,6 +111,7 @@ impl Shared {
 }
 
 fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result<Row, String> {
+    let start = Instant::now();
     let mut place = shared.theatre();
     let theatre = match place.take() {
         Some(theatre) => theatre,
@@ -123,7 +125,11 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
             return Err(format!("{}\n{}", said.join("\n"), theatre.bed.logs()));
         }
     };
-    *place = Some(theatre);
+    // nor one on which something is left
+    if !theirs.left() && !ours.left() {
+        *place = Some(theatre);
+    }
+    let took = start.elapsed();
     let differences = record::differences(&theirs, &ours);
     let (meant, real) = meant::judge(meant::LIST, scenario.name, containerd, differences);
     if std::env::var_os("TRANSSHIP_TEST_SHOW").is_some() {
@@ -133,7 +139,7 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
         println!("\n{containerd}::{}: {difference}", scenario.name);
     }
     let seen = [theirs.len(), ours.len()];
-    Ok(Row { containerd, scenario: scenario.name, seen, meant, real: real.len() })
+    Ok(Row { containerd, scenario: scenario.name, seen, meant, real: real.len(), took })
 }
 
 /// This machine is small and its neighbours are noisy: what differs once is looked at once more, and that is said.

@@ -30,7 +30,8 @@ impl Normal {
 
     /// A text: words, then numbers. A number of four digits or more that is no known pid is `N`; 64 hex digits are `HASH`.
     pub fn text(&self, text: &str) -> String {
-        let mut text = text.trim_end().to_owned();
+        // runc's own last newline stands before what containerd puts behind it
+        let mut text = text.trim_end().replace("\n: ", ": ");
         for (word, name) in &self.words {
             text = text.replace(word, name);
         }

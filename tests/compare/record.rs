@@ -33,6 +33,11 @@ impl Record {
         self.seen.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 
+    /// Whether something was left behind: see `Subject::finish`.
+    pub fn left(&self) -> bool {
+        self.seen.iter().any(|(name, value)| name.starts_with("left: ") && value != "nothing")
+    }
+
     /// How many observations there are.
     pub fn len(&self) -> usize {
         self.seen.len()

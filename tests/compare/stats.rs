@@ -6,9 +6,8 @@ use containerd_shim_protos::protobuf::{
 use containerd_shim_protos::{cgroups::metrics as v1, cgroups_v2::metrics as v2};
 
 /// Fields whose values are settings, not measurements.
-const EXACT: [&str; 10] = [
+const EXACT: [&str; 9] = [
     "pids.limit",
-    "pids.current",
     "memory.usage.limit",
     "memory.usage_limit",
     "memory.swap.limit",

@@ -113,7 +113,7 @@ impl<'a> Subject<'a> {
             normal.word(side.program(), "SHIM");
             normal.word(side.runtime(), "RUNTIME");
         }
-        let s = Subject {
+        let mut s = Subject {
             bed,
             stage,
             record: Record::default(),
@@ -123,6 +123,8 @@ impl<'a> Subject<'a> {
             ids: Vec::new(),
             shims: HashMap::new(),
         };
+        let program = PathBuf::from(s.program());
+        s.normal.word(&program.parent().unwrap_or(&program).display().to_string(), "BIN");
         std::fs::create_dir_all(s.host(&s.scratch("")))?;
         Ok(s)
     }
@@ -344,7 +346,9 @@ impl<'a> Subject<'a> {
         let output = self.bed.run(Node::A, &["sh", "-c", script])?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         self.note(format!("{name}: status"), format!("{:?}", output.status.code()));
-        self.note(format!("{name}: stderr"), text(&output.stderr));
+        // the first line: how to use it is another matter
+        let said = text(&output.stderr);
+        self.note(format!("{name}: stderr"), said.lines().next().unwrap_or_default());
         Ok(output)
     }
 

@@ -1,6 +1,7 @@
 //! What is printed at the end: scenario, runc's shim, ours, the same or not; then the differences that are meant, with their reasons.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::bed::Containerd;
 use crate::meant::LIST;
@@ -18,12 +19,14 @@ pub struct Row {
     pub meant: Vec<(usize, Difference)>,
     /// What differed otherwise.
     pub real: usize,
+    /// How long both sides took.
+    pub took: Duration,
 }
 
 /// Prints the table.
 pub fn print(rows: &[Row]) {
     let width = rows.iter().map(|r| r.scenario.len() + 5).max().unwrap_or(8).max(8);
-    println!("\n{:<width$}  {:>9}  {:>9}  result", "scenario", "runc shim", "transship");
+    println!("\n{:<width$}  {:>9}  {:>9}  {:>6}  result", "scenario", "runc shim", "transship", "time");
     let mut reasons: BTreeMap<(usize, &str), Vec<String>> = BTreeMap::new();
     for row in rows {
         let name = format!("{}::{}", row.containerd, row.scenario);
@@ -32,7 +35,8 @@ pub fn print(rows: &[Row]) {
             (0, n) => format!("same, but for {n} meant"),
             (n, _) => format!("DIFFERENT in {n}"),
         };
-        println!("{name:<width$}  {:>9}  {:>9}  {verdict}", row.seen[0], row.seen[1]);
+        let took = row.took.as_secs_f64();
+        println!("{name:<width$}  {:>9}  {:>9}  {took:>5.1}s  {verdict}", row.seen[0], row.seen[1]);
         for (place, difference) in &row.meant {
             let names = reasons.entry((*place, LIST[*place].reason)).or_default();
             names.push(format!("{name}, {difference}"));

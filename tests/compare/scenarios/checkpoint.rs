@@ -6,7 +6,7 @@ use containerd_client::types::Descriptor;
 use crate::calls::{Call, Checkpoint, Field};
 use crate::left;
 use crate::spec::Spec;
-use crate::subject::{ID, New, Subject};
+use crate::subject::{ID, Named, New, Subject};
 
 list![
     checkpoint_running,
@@ -14,6 +14,7 @@ list![
     checkpoint_paused,
     checkpoint_paused_and_exit,
     checkpoint_by_containerd,
+    checkpoint_as_runc,
     checkpoint_of_others,
     checkpoint_bad,
     restore,
@@ -54,7 +55,13 @@ fn note_images(s: &mut Subject, c: &Checkpoint) {
 }
 
 fn counting(s: &mut Subject) -> Result<()> {
-    s.run_ready(Spec::sh(COUNTS))
+    s.run_ready(counter())
+}
+
+/// A specification of its own: containerd does not store the same record twice when it checkpoints.
+fn counter() -> Spec {
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+    Spec::sh(COUNTS).with("/annotations/compare.unique", now.to_string().into())
 }
 
 fn checkpoint_running(s: &mut Subject) -> Result<()> {
@@ -121,6 +128,19 @@ fn checkpoint_by_containerd(s: &mut Subject) -> Result<()> {
     let c = folders(s)?;
     let _ = s.call(Call::Checkpoint(Box::new(c.clone())));
     note_images(s, &c);
+    s.end();
+    Ok(())
+}
+
+/// A node that names our shim as runc's: containerd passes on what it knows of runc's options.
+fn checkpoint_as_runc(s: &mut Subject) -> Result<()> {
+    let log = s.log("t1.log");
+    s.run(New { named: Named::AsRunc, ..New::of(counter()).stdio(log) })?;
+    s.until("it is ready", |s| s.scratched("t1.log").contains("ready"));
+    let c = folders(s)?;
+    let _ = s.call(Call::Checkpoint(Box::new(c.clone())));
+    note_images(s, &c);
+    let _ = s.call(Call::State(""));
     s.end();
     Ok(())
 }

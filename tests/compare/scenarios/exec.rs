@@ -13,6 +13,7 @@ list![
     exec_bad_id,
     exec_bad_spec,
     exec_missing_program,
+    exec_missing_program_again,
     exec_not_executable,
     exec_in_created,
     exec_in_stopped,
@@ -112,13 +113,21 @@ fn exec_missing_program(s: &mut Subject) -> Result<()> {
     let _ = s.direct(Call::State("x1"));
     let _ = s.call(Call::Wait("x1"));
     let _ = s.direct(Call::Wait("x1"));
-    let _ = s.call(Call::Start("x1"));
     let _ = s.call(Call::Kill("x1", 9));
     let _ = s.call(Call::Delete("x1"));
     let text = s.scratched("x1.log");
     s.note("what it printed", text);
     let _ = s.exec("x1", spec::script("exit 6"), Default::default());
     let _ = s.call(Call::Wait("x1"));
+    s.end();
+    Ok(())
+}
+
+/// A start that has failed, once more.
+fn exec_missing_program_again(s: &mut Subject) -> Result<()> {
+    s.run(New::of(Spec::idle()))?;
+    let _ = s.exec("x1", spec::process(&["/no/such/program"]).to_string(), Default::default());
+    let _ = s.call(Call::Start("x1"));
     s.end();
     Ok(())
 }

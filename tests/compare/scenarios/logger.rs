@@ -87,8 +87,8 @@ echo "arguments: $*" > $dir/told
 echo "id: $CONTAINER_ID" >> $dir/told
 env | grep -v -e ^PWD= -e ^SHLVL= -e ^_= -e ^OLDPWD= | cut -d= -f1 | sort >> $dir/told
 ls /proc/$$/fd | sort -n | tr '\n' ' ' >> $dir/told
-cat <&3 > $dir/out & cat <&4 > $dir/err &
 exec 5>&-
+cat <&3 > $dir/out & cat <&4 > $dir/err &
 wait
 echo end >> $dir/told
 "#;

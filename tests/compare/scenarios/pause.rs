@@ -119,7 +119,6 @@ fn paused_exec(s: &mut Subject) -> Result<()> {
     let new = NewExec { id: "x3", spec: spec::script("true"), ..Default::default() };
     let _ = s.direct(Call::Exec(Box::new(new)));
     let _ = s.call(Call::Start("x2"));
-    let _ = s.direct(Call::Start("x2"));
     let _ = s.call(Call::Resume);
     let _ = s.call(Call::State("x1"));
     let _ = s.call(Call::State("x2"));

@@ -126,7 +126,8 @@ fn limits_at_creation(s: &mut Subject) -> Result<()> {
 const GREEDY: &str = "head -c 200000000 /dev/zero | tail -c 150000000 > /dev/null";
 
 fn oom(s: &mut Subject) -> Result<()> {
-    let spec = Spec::sh(&format!("echo ready; {GREEDY}"))
+    // older shims watch a moment after the start only
+    let spec = Spec::sh(&format!("echo ready; sleep 0.3; {GREEDY}"))
         .with("/linux/resources/memory", json!({ "limit": 16_777_216 }));
     s.run_ready(spec)?;
     let _ = s.call(Call::Wait(""));
