@@ -3,7 +3,7 @@
 //! containerd and its clients act on the code (`NotFound` on a kill means "already gone"), so every place that knows better than
 //! "unknown" says so with the constructors here. The texts end like containerd's own error values ("...: not found").
 
-use std::fmt;
+use std::{error::Error, fmt, io};
 
 use containerd_shim_protos::ttrpc::{self, Code};
 use nix::errno::Errno;
@@ -54,6 +54,16 @@ impl TaskError {
     }
 }
 
+/// An error and its causes in a row; those of the system in [`system_words`].
+pub fn words(e: &anyhow::Error) -> String {
+    let one = |cause: &(dyn Error + 'static)| {
+        let number = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        let number = number.map(Errno::from_raw).or_else(|| cause.downcast_ref::<Errno>().copied());
+        number.map_or_else(|| cause.to_string(), system_words)
+    };
+    e.chain().map(one).collect::<Vec<_>>().join(": ")
+}
+
 /// The system's words for an error as containerd's other parts write them: in small letters, without the number.
 pub fn system_words(e: Errno) -> String {
     let mut words = e.desc().to_owned();
@@ -69,13 +79,13 @@ impl fmt::Display for TaskError {
     }
 }
 
-impl std::error::Error for TaskError {}
+impl Error for TaskError {}
 
 impl From<anyhow::Error> for TaskError {
     fn from(e: anyhow::Error) -> Self {
         match e.downcast::<TaskError>() {
             Ok(e) => e,
-            Err(e) => Self::unknown(format!("{e:#}")),
+            Err(e) => Self::unknown(words(&e)),
         }
     }
 }
@@ -102,7 +112,9 @@ mod tests {
     #[test]
     fn the_systems_words_are_gos() {
         assert_eq!(system_words(Errno::EINVAL), "invalid argument");
-        assert_eq!(system_words(Errno::ENOENT), "no such file or directory");
+        let error = anyhow::Error::from(io::Error::from_raw_os_error(libc::ENOENT)).context("opening x");
+        assert_eq!(words(&error), "opening x: no such file or directory");
+        assert_eq!(words(&anyhow::Error::from(Errno::EBUSY).context("a")), "a: device or resource busy");
     }
 
     #[test]

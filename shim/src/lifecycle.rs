@@ -19,7 +19,7 @@ use containerd_shim_protos::{
 use crate::{
     bundle,
     container::{Container, Origin, Shared},
-    errors::{TaskError, TaskResult},
+    errors::{TaskError, TaskResult, words},
     io::{ProcessIo, StdioConfig},
     mounts, oom, options,
     process::{Ended, Process, timestamp},
@@ -32,7 +32,7 @@ use crate::{
 pub(crate) fn explain(e: anyhow::Error, what: &str) -> TaskError {
     match e.downcast_ref::<RuncError>() {
         Some(runc) => TaskError::unknown(runc.explain(what)),
-        None => TaskError::unknown(format!("{what}: {e:#}")),
+        None => TaskError::unknown(format!("{what}: {}", words(&e))),
     }
 }
 

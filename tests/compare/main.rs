@@ -5,7 +5,7 @@
 //! | file | what lives there |
 //! |---|---|
 //! | `scenarios/` | the scenarios, one subject per file |
-//! | `subject.rs` | one side of a running scenario: calls, containers, notes; what scenarios are written over |
+//! | `subject.rs`, `making.rs` | one side of a running scenario: calls and notes, containers; what scenarios are written over |
 //! | `stage.rs` | one side for as long as a bed lives |
 //! | `calls.rs` | the Task API's calls and answers |
 //! | `daemon.rs`, `shim.rs` | the two ways to a shim: through containerd, and its own socket |
@@ -28,6 +28,7 @@ mod calls;
 mod daemon;
 mod events;
 mod left;
+mod making;
 mod meant;
 mod normal;
 mod record;
@@ -179,6 +180,8 @@ fn main() {
     // scenarios of one bed would see each other's remains
     args.test_threads = Some(1);
     let require = std::env::var_os("TRANSSHIP_REQUIRE").is_some();
+    let only = std::env::var("TRANSSHIP_TEST_ONLY").ok();
+    let wanted = |name: &str| only.as_deref().is_none_or(|o| o.split_whitespace().any(|o| o == name));
     let mut trials = Vec::new();
     let mut all_shared = Vec::new();
     for containerd in Containerd::ALL {
@@ -198,7 +201,7 @@ fn main() {
             trials.push(Trial::test(format!("{containerd}::{name}"), test).with_ignored_flag(ignored));
         };
         add("itself", Box::new(|_| Ok(itself()?)));
-        for scenario in scenarios::all() {
+        for scenario in scenarios::all().filter(|s| wanted(s.name)) {
             add(scenario.name, Box::new(move |shared| twice(scenario, containerd, shared)));
         }
         add("last", Box::new(move |shared| last(containerd, shared)));

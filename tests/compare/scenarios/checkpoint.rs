@@ -5,8 +5,9 @@ use containerd_client::types::Descriptor;
 
 use crate::calls::{Call, Checkpoint, Field};
 use crate::left;
+use crate::making::{Named, New};
 use crate::spec::Spec;
-use crate::subject::{ID, Named, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     checkpoint_running,

@@ -7,8 +7,9 @@ use serde_json::json;
 
 use crate::calls::{Call, Field};
 use crate::left;
+use crate::making::{Named, New};
 use crate::spec::Spec;
-use crate::subject::{ID, Named, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     life,

@@ -3,10 +3,12 @@
 use anyhow::Result;
 
 use crate::calls::{Call, NewExec};
+use crate::making::New;
 use crate::spec::{self, Spec};
-use crate::subject::{New, Subject};
+use crate::subject::Subject;
 
 list![
+    story,
     exec_life,
     exec_same_id,
     exec_id_again,
@@ -26,6 +28,19 @@ list![
     exec_exit_at_once,
     exec_outlives_nobody,
 ];
+
+/// A life with everything in it that containerd is told of.
+fn story(s: &mut Subject) -> Result<()> {
+    s.run(New::of(Spec::idle()))?;
+    let _ = s.exec("x1", spec::script("exit 3"), Default::default());
+    let _ = s.call(Call::Wait("x1"));
+    let _ = s.call(Call::Delete("x1"));
+    let _ = s.exec("x2", spec::process(&["/no/such/program"]).to_string(), Default::default());
+    let _ = s.call(Call::Pause);
+    let _ = s.call(Call::Resume);
+    s.end();
+    Ok(())
+}
 
 fn exec_life(s: &mut Subject) -> Result<()> {
     s.run(New::of(Spec::idle()))?;

@@ -4,8 +4,9 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::calls::Call;
+use crate::making::New;
 use crate::spec::Spec;
-use crate::subject::{ID, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     hooks_in_order,

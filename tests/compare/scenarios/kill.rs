@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use crate::calls::Call;
+use crate::making::New;
 use crate::spec::Spec;
-use crate::subject::{ID, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     kill_dead,

@@ -8,8 +8,9 @@ use containerd_shim_protos::shim::oci::Options;
 use prost_types::Any;
 
 use crate::calls::{Call, Checkpoint};
+use crate::making::New;
 use crate::spec::{self, Spec};
-use crate::subject::{New, Subject};
+use crate::subject::Subject;
 
 list![
     what_runc_is_told,

@@ -156,7 +156,7 @@ fn start_action(s: &mut Subject) -> Result<()> {
     let log = Reader::make(&s.host(&bundle).join("log"))?;
     let line = line(s, "h1", "start");
     let first = text(&action(s, "start", &bundle, &line)?);
-    s.note("start: stdout", &first);
+    note_answer(s, &first);
     for (name, kind) in left::entries(&s.host(&bundle)) {
         s.note(format!("bundle/{name}"), kind);
     }
@@ -193,6 +193,19 @@ fn start_action_without_bundle(s: &mut Subject) -> Result<()> {
     let out = action(s, "start", &bundle, &line)?;
     s.note("stdout is empty", out.is_empty().to_string());
     Ok(())
+}
+
+/// What `start` answers, field by field: JSON, or an address alone.
+fn note_answer(s: &mut Subject, answer: &str) {
+    let json: serde_json::Value = serde_json::from_str(answer).unwrap_or_else(|_| answer.into());
+    match json {
+        serde_json::Value::Object(fields) => {
+            for (name, value) in fields {
+                s.note(format!("the answer's {name}"), value.to_string());
+            }
+        }
+        other => s.note("the answer", other.to_string()),
+    }
 }
 
 /// A container whose shim is killed, cleaned up by the program's `delete` as containerd would have it.

@@ -4,8 +4,9 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::calls::Call;
+use crate::making::New;
 use crate::spec::{self, Spec};
-use crate::subject::{ID, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     stats,

@@ -5,8 +5,9 @@ use serde_json::json;
 
 use crate::bed::Node;
 use crate::calls::{Call, Field};
+use crate::making::New;
 use crate::spec::Spec;
-use crate::subject::{ID, New, Subject};
+use crate::subject::{ID, Subject};
 
 list![
     connect,
@@ -55,11 +56,12 @@ fn shutdown_after_delete(s: &mut Subject) -> Result<()> {
     s.run(New::of(Spec::sh("exit 3")))?;
     let _ = s.call(Call::Wait(""));
     let _ = s.direct(Call::Delete(""));
-    let _ = s.direct(Call::Connect);
+    let process = s.host("/proc").join(shim_pid(s).to_string());
     let _ = s.direct(Call::Shutdown(false));
     s.until("its socket is gone", |s| {
         crate::shim::Address::of_bundle(&s.host(&s.bundle(ID))).map_or(true, |a| !s.host(&a.path).exists())
     });
+    s.until("it has ended", |_| !process.exists());
     let _ = s.call(Call::State(""));
     Ok(())
 }

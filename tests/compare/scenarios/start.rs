@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use crate::calls::Call;
+use crate::making::New;
 use crate::spec::Spec;
-use crate::subject::{New, Subject};
+use crate::subject::Subject;
 
 list![
     double_start,

@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use crate::calls::{Call, Stdio};
+use crate::making::New;
 use crate::spec::{self, Spec};
-use crate::subject::{New, Subject};
+use crate::subject::Subject;
 
 list![
     both_streams,

@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use crate::calls::Call;
+use crate::making::New;
 use crate::spec::{self, Spec};
-use crate::subject::{New, Subject};
+use crate::subject::Subject;
 
 list![terminal, terminal_size, terminal_of_an_exec, terminal_input_closed, resize_without, terminal_unread];
 
