@@ -1,5 +1,5 @@
 //! The actions of the short-lived shim process: `start` (hands containerd the address of the long-lived one, which it starts when
-//! the group has none yet), `delete` (cleans up after a shim that is gone), `-info` and `-v`. No runtime, no threads here.
+//! the group has none yet) and `delete` (cleans up after a shim that is gone). No runtime, no threads here.
 //!
 //! containerd-shim's own bootstrap is not used: it starts a server on which only Task v3 can be registered, and lets that server
 //! bind the socket itself. Here the socket is bound and listening *before* the server is started and is inherited by it, so that
@@ -29,7 +29,6 @@ use containerd_shim::{
     protos::{
         protobuf::{Message, MessageField, well_known_types::any::Any},
         shim::shim::DeleteResponse,
-        types::introspection::{RuntimeInfo, RuntimeVersion},
     },
 };
 
@@ -279,48 +278,8 @@ pub fn delete(flags: &Flags) -> Result<()> {
     io::stdout().write_all(&bytes).context("answer containerd")
 }
 
-/// `-info`: prints what this runtime is and can do.
-pub fn info() -> Result<()> {
-    let input = read_stdin()?;
-    let any = if input.is_empty() {
-        None
-    } else {
-        Some(Any::parse_from_bytes(&input).context("read the options on stdin")?)
-    };
-    let options = options::runtime_options(any.as_ref())?;
-    let info = RuntimeInfo {
-        name: RUNTIME_NAME.into(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").into(),
-            ..Default::default()
-        }),
-        options: any.into(),
-        features: features(runc::binary(&options))?.into(),
-        ..Default::default()
-    };
-    io::stdout().write_all(&info.write_to_bytes().context("encode the answer")?).context("answer containerd")
-}
-
-/// What `runc features` prints, in the type under which containerd knows it. A runtime without that command has none.
-fn features(binary: &str) -> Result<Option<Any>> {
-    let output = Command::new(binary).arg("features").output().with_context(|| format!("run {binary}"))?;
-    if !output.status.success() || serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_err() {
-        return Ok(None);
-    }
-    Ok(Some(Any {
-        type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".into(),
-        value: output.stdout,
-        ..Default::default()
-    }))
-}
-
-/// `-v`.
-pub fn version() {
-    println!("containerd-shim-transship-v2:");
-    println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
-}
-
-fn read_stdin() -> Result<Vec<u8>> {
+/// What the caller has passed on stdin.
+pub fn read_stdin() -> Result<Vec<u8>> {
     let mut input = Vec::new();
     // On a terminal a person is at the other end.
     if !io::stdin().is_terminal() {

@@ -4,7 +4,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
-//! | `bootstrap` | the short actions: `start`, `delete`, `-info`, `-v` |
+//! | `bootstrap`, `info` | the short actions: `start` and `delete`; `-info` and `-v` |
 //! | `detect` | which Task API the calling containerd speaks |
 //! | `group` | which containers share a shim |
 //! | `server` | the long-lived process: ttrpc server, log, signals |
@@ -32,6 +32,7 @@ mod events;
 mod exec;
 mod group;
 mod hooks;
+mod info;
 #[allow(dead_code, unused_imports)] // until migration.rs moves streams
 mod io;
 mod lifecycle;
@@ -93,11 +94,11 @@ fn main() -> ExitCode {
 
 fn run(flags: &Flags) -> Result<()> {
     if flags.version {
-        bootstrap::version();
+        info::print_version();
         return Ok(());
     }
     if flags.info {
-        return bootstrap::info();
+        return info::print();
     }
     if flags.namespace.is_empty() {
         bail!("shim namespace cannot be empty");
