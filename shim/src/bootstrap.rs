@@ -52,7 +52,7 @@ enum Protocol {
     /// containerd 2.3 and later: protobuf both ways.
     Bootstrap,
     /// Before: flags and environment; the answer by the caller's version.
-    Legacy,
+    Legacy(TaskApi),
 }
 
 /// `start`: prints the address of the group's server.
@@ -69,21 +69,23 @@ pub fn start(flags: &Flags) -> Result<()> {
         }
         spawned?;
     }
-    // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own.
-    fs::write(bundle.join("address"), &address).context("write the address file")?;
-    let answer = answer(&protocol, &flags.publish_binary, &address)?;
+    // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own
+    if protocol == Protocol::Legacy(TaskApi::V2) {
+        fs::write(bundle.join("address"), &address).context("write the address file")?;
+    }
+    let answer = answer(&protocol, &address)?;
     io::stdout().write_all(&answer).and_then(|()| io::stdout().flush()).context("answer containerd")
 }
 
 /// The answer to `start`, in the form that the caller understands.
-fn answer(protocol: &Protocol, publish_binary: &str, address: &str) -> Result<Vec<u8>> {
+fn answer(protocol: &Protocol, address: &str) -> Result<Vec<u8>> {
     match protocol {
         Protocol::Bootstrap => {
             let (address, protocol) = (address.to_string(), "ttrpc".to_string());
             let answer = BootstrapResult { version: 3, address, protocol, ..Default::default() };
             answer.write_to_bytes().context("encode the answer")
         }
-        Protocol::Legacy => Ok(legacy_answer(detect::task_api(publish_binary), address)),
+        Protocol::Legacy(api) => Ok(legacy_answer(*api, address)),
     }
 }
 
@@ -122,7 +124,7 @@ fn start_options(input: &[u8], flags: &Flags) -> Result<(StartOpts, Protocol)> {
     if opts.ttrpc_address.is_empty() {
         bail!("TTRPC_ADDRESS is not set: started by hand? containerd runs this program");
     }
-    Ok((opts, Protocol::Legacy))
+    Ok((opts, Protocol::Legacy(detect::task_api(&flags.publish_binary))))
 }
 
 /// The bootstrap message of containerd 2.3 and later. Options of the older protocol decode as one, too, so it has to name the same
@@ -144,11 +146,21 @@ fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<B
 
 /// Removes the socket of a shim that was killed; one that answers (of a group that others are in) stays.
 fn remove_dead_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
-    let path = socket_path(address.trim());
+    let Some(address) = known_address(bundle) else { return };
+    let path = socket_path(&address);
     if UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         let _ = fs::remove_file(path);
     }
+}
+
+/// The address in a bundle: in our own file, or in the one that containerd 2.x keeps.
+fn known_address(bundle: &Path) -> Option<String> {
+    let read = |name: &str| fs::read_to_string(bundle.join(name)).ok();
+    if let Some(address) = read("address") {
+        return Some(address.trim().to_string());
+    }
+    let json: serde_json::Value = serde_json::from_str(&read("bootstrap.json")?).ok()?;
+    json["address"].as_str().map(str::to_string)
 }
 
 fn socket_path(address: &str) -> &Path {
@@ -341,7 +353,7 @@ mod tests {
     fn the_bootstrap_answer_is_protobuf() {
         // as protoc decodes it: version 3, the address, the protocol
         let wanted = b"\x08\x03\x12\x0funix:///run/s/x\x1a\x05ttrpc";
-        assert_eq!(answer(&Protocol::Bootstrap, "", "unix:///run/s/x").unwrap(), wanted);
+        assert_eq!(answer(&Protocol::Bootstrap, "unix:///run/s/x").unwrap(), wanted);
     }
 
     #[test]
@@ -379,6 +391,13 @@ mod tests {
         assert!(socket_path(&address).exists(), "it answers");
         drop(first);
         assert!(bind(&address).unwrap().is_some());
+        remove_dead_socket(dir.path());
+        assert!(!socket_path(&address).exists());
+        // with containerd 2.x
+        drop(bind(&address).unwrap().unwrap());
+        fs::remove_file(dir.path().join("address")).unwrap();
+        let json = serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"});
+        fs::write(dir.path().join("bootstrap.json"), json.to_string()).unwrap();
         remove_dead_socket(dir.path());
         assert!(!socket_path(&address).exists());
     }

@@ -149,7 +149,7 @@ impl Daemon {
                 Ok(Answer::new())
             }
             Call::Checkpoint(c) => {
-                let kinds = self.checkpoint(id, &c).await?.into_iter().map(|d| d.media_type);
+                let kinds = self.checkpoint(id, &c, None).await?.into_iter().map(|d| d.media_type);
                 let mut kinds: Vec<String> = kinds.collect();
                 kinds.sort();
                 Ok(vec![Field::Word("content", kinds.join(" "))])
@@ -186,8 +186,13 @@ impl Daemon {
         }
     }
 
-    /// Dumps a container; what containerd has stored of it.
-    pub async fn checkpoint(&self, id: &str, c: &Checkpoint) -> Result<Vec<Descriptor>, Failure> {
+    /// Dumps a container; what containerd has stored of it, which a lease keeps.
+    pub async fn checkpoint(
+        &self,
+        id: &str,
+        c: &Checkpoint,
+        lease: Option<&str>,
+    ) -> Result<Vec<Descriptor>, Failure> {
         let options =
             CheckpointOptions { exit: c.exit, image_path: c.path.clone(), work_path: c.work.clone() };
         let any = match c.odd_options {
@@ -196,7 +201,11 @@ impl Daemon {
         };
         let request =
             CheckpointTaskRequest { container_id: id.to_owned(), options: Some(any), ..Default::default() };
-        Ok(self.tasks().checkpoint(self.request(request)).await?.into_inner().descriptors)
+        let mut request = self.request(request);
+        if let Some(lease) = lease.and_then(|l| l.parse().ok()) {
+            request.metadata_mut().insert("containerd-lease", lease);
+        }
+        Ok(self.tasks().checkpoint(request).await?.into_inner().descriptors)
     }
 }
 

@@ -105,7 +105,9 @@ impl Subject<'_> {
     /// Makes a task of a container that is there; whether that worked.
     pub fn create_task(&mut self, new: &New, mounts: Vec<Mount>) -> bool {
         let rootfs = new.rootfs.clone().unwrap_or(mounts);
-        let mut request = create_request(new.id, rootfs, &new.stdio, new.options.clone());
+        // options of other types come with the container only, as CRI passes them: containerd refuses them here
+        let options = new.options.clone().filter(|o| o.type_url != spec::GENERIC_OPTIONS);
+        let mut request = create_request(new.id, rootfs, &new.stdio, options);
         request.checkpoint = new.checkpoint.clone();
         if new.named == Named::AsRunc && self.ours() {
             request.runtime_path = self.program();

@@ -24,8 +24,8 @@ list![
 fn both_streams(s: &mut Subject) -> Result<()> {
     let (stdio, streams) = s.fifos("t1", false, false)?;
     s.run(New::of(Spec::sh("echo out; echo err >&2; ls -l /proc/self/fd | wc -l; exit 3")).stdio(stdio))?;
-    let _ = s.call(Call::State(""));
     let _ = s.call(Call::Wait(""));
+    let _ = s.call(Call::State(""));
     s.note("stdout", streams.stdout.finish());
     s.note("stderr", streams.stderr.map(|e| e.finish()).unwrap_or_default());
     let _ = s.call(Call::Delete(""));
