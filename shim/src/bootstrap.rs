@@ -1,5 +1,5 @@
 //! The actions of the short-lived shim process: `start` (hands containerd the address of the long-lived one, which it starts when
-//! the group has none yet), `delete` (cleans up after a shim that is gone), `-info` and `-v`. No runtime, no threads here.
+//! the group has none yet) and `delete` (cleans up after a shim that is gone). No runtime, no threads here.
 //!
 //! containerd-shim's own bootstrap is not used: it starts a server on which only Task v3 can be registered, and lets that server
 //! bind the socket itself. Here the socket is bound and listening *before* the server is started and is inherited by it, so that
@@ -28,8 +28,7 @@ use containerd_shim::{
     cgroup,
     protos::{
         protobuf::{Message, MessageField, well_known_types::any::Any},
-        shim::{oci::Options, shim::DeleteResponse},
-        types::introspection::{RuntimeInfo, RuntimeVersion},
+        shim::shim::DeleteResponse,
     },
 };
 
@@ -53,7 +52,7 @@ enum Protocol {
     /// containerd 2.3 and later: protobuf both ways.
     Bootstrap,
     /// Before: flags and environment; the answer by the caller's version.
-    Legacy,
+    Legacy(TaskApi),
 }
 
 /// `start`: prints the address of the group's server.
@@ -70,17 +69,24 @@ pub fn start(flags: &Flags) -> Result<()> {
         }
         spawned?;
     }
-    // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own.
-    fs::write(bundle.join("address"), &address).context("write the address file")?;
-    let answer = match protocol {
-        Protocol::Bootstrap => {
-            let answer =
-                BootstrapResult { version: 3, address, protocol: "ttrpc".into(), ..Default::default() };
-            answer.write_to_bytes().context("encode the answer")?
-        }
-        Protocol::Legacy => legacy_answer(detect::task_api(&flags.publish_binary), &address),
-    };
+    // containerd 1.x finds the shim again by this file after a restart; later ones keep a bootstrap.json of their own
+    if protocol == Protocol::Legacy(TaskApi::V2) {
+        fs::write(bundle.join("address"), &address).context("write the address file")?;
+    }
+    let answer = answer(&protocol, &address)?;
     io::stdout().write_all(&answer).and_then(|()| io::stdout().flush()).context("answer containerd")
+}
+
+/// The answer to `start`, in the form that the caller understands.
+fn answer(protocol: &Protocol, address: &str) -> Result<Vec<u8>> {
+    match protocol {
+        Protocol::Bootstrap => {
+            let (address, protocol) = (address.to_string(), "ttrpc".to_string());
+            let answer = BootstrapResult { version: 3, address, protocol, ..Default::default() };
+            answer.write_to_bytes().context("encode the answer")
+        }
+        Protocol::Legacy(api) => Ok(legacy_answer(*api, address)),
+    }
 }
 
 /// containerd 1.x takes a bare address for a v2 shim (all of them do); 2.x takes JSON for any.
@@ -118,7 +124,7 @@ fn start_options(input: &[u8], flags: &Flags) -> Result<(StartOpts, Protocol)> {
     if opts.ttrpc_address.is_empty() {
         bail!("TTRPC_ADDRESS is not set: started by hand? containerd runs this program");
     }
-    Ok((opts, Protocol::Legacy))
+    Ok((opts, Protocol::Legacy(detect::task_api(&flags.publish_binary))))
 }
 
 /// The bootstrap message of containerd 2.3 and later. Options of the older protocol decode as one, too, so it has to name the same
@@ -140,11 +146,21 @@ fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<B
 
 /// Removes the socket of a shim that was killed; one that answers (of a group that others are in) stays.
 fn remove_dead_socket(bundle: &Path) {
-    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
-    let path = socket_path(address.trim());
+    let Some(address) = known_address(bundle) else { return };
+    let path = socket_path(&address);
     if UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused) {
         let _ = fs::remove_file(path);
     }
+}
+
+/// The address in a bundle: in our own file, or in the one that containerd 2.x keeps.
+fn known_address(bundle: &Path) -> Option<String> {
+    let read = |name: &str| fs::read_to_string(bundle.join(name)).ok();
+    if let Some(address) = read("address") {
+        return Some(address.trim().to_string());
+    }
+    let json: serde_json::Value = serde_json::from_str(&read("bootstrap.json")?).ok()?;
+    json["address"].as_str().map(str::to_string)
 }
 
 fn socket_path(address: &str) -> &Path {
@@ -221,18 +237,15 @@ fn share_core_scheduling() -> Result<()> {
 
 /// Puts the server where the options want it, and makes it a likelier victim of the OOM killer than containerd.
 fn confine(opts: &StartOpts, pid: u32) -> Result<()> {
-    let cgroup = match opts.extension::<Options>().context("read the runtime options")? {
-        Some(options) => options.shim_cgroup,
-        None => String::new(),
-    };
+    // either kind of options; what cannot be read is for Create to refuse
+    let options = opts.extensions.iter().find_map(|any| options::runtime_options(Some(any)).ok());
+    let cgroup = options.unwrap_or_default().shim_cgroup;
     if !cgroup.is_empty() {
         cgroup::add_task_to_cgroup(&cgroup, pid).with_context(|| format!("join cgroup {cgroup}"))?;
     }
     // Not fatal, unlike in the Go shim: without CAP_SYS_RESOURCE (a containerd inside a container) it may be impossible, and nothing
-    // else depends on it.
-    if let Err(e) = cgroup::adjust_oom_score(pid) {
-        eprintln!("cannot adjust the OOM score of the shim: {e}");
-    }
+    // else depends on it. Not told either: containerd reads stdout and stderr of `start` as one answer.
+    let _ = cgroup::adjust_oom_score(pid);
     Ok(())
 }
 
@@ -245,12 +258,13 @@ pub fn delete(flags: &Flags) -> Result<()> {
     };
     let options = options::load(&bundle)?;
     // Child::wait is right here: this process has no reaper.
-    let output = Command::new(runc::binary(&options))
-        .arg("--root")
-        .arg(runc::root(&options, &flags.namespace))
-        .args(["delete", "--force", &flags.id])
-        .output();
-    match output {
+    let mut command = Command::new(runc::binary(&options));
+    command.arg("--root").arg(runc::root(&options, &flags.namespace));
+    // runc does nothing when it cannot write its log
+    if bundle.exists() {
+        command.arg("--log").arg(runc::log(&bundle)).args(["--log-format", "json"]);
+    }
+    match command.args(["delete", "--force", &flags.id]).output() {
         Ok(o) if o.status.success() => {}
         Ok(o) => eprintln!("failed to remove runc container: {}", String::from_utf8_lossy(&o.stderr).trim()),
         Err(e) => eprintln!("failed to remove runc container: {e}"),
@@ -276,48 +290,8 @@ pub fn delete(flags: &Flags) -> Result<()> {
     io::stdout().write_all(&bytes).context("answer containerd")
 }
 
-/// `-info`: prints what this runtime is and can do.
-pub fn info() -> Result<()> {
-    let input = read_stdin()?;
-    let any = if input.is_empty() {
-        None
-    } else {
-        Some(Any::parse_from_bytes(&input).context("read the options on stdin")?)
-    };
-    let options = options::runtime_options(any.as_ref())?;
-    let info = RuntimeInfo {
-        name: RUNTIME_NAME.into(),
-        version: MessageField::some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").into(),
-            ..Default::default()
-        }),
-        options: any.into(),
-        features: features(runc::binary(&options))?.into(),
-        ..Default::default()
-    };
-    io::stdout().write_all(&info.write_to_bytes().context("encode the answer")?).context("answer containerd")
-}
-
-/// What `runc features` prints, in the type under which containerd knows it. A runtime without that command has none.
-fn features(binary: &str) -> Result<Option<Any>> {
-    let output = Command::new(binary).arg("features").output().with_context(|| format!("run {binary}"))?;
-    if !output.status.success() || serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_err() {
-        return Ok(None);
-    }
-    Ok(Some(Any {
-        type_url: "types.containerd.io/opencontainers/runtime-spec/1/features/Features".into(),
-        value: output.stdout,
-        ..Default::default()
-    }))
-}
-
-/// `-v`.
-pub fn version() {
-    println!("containerd-shim-transship-v2:");
-    println!("  Version:  {}", env!("CARGO_PKG_VERSION"));
-}
-
-fn read_stdin() -> Result<Vec<u8>> {
+/// What the caller has passed on stdin.
+pub fn read_stdin() -> Result<Vec<u8>> {
     let mut input = Vec::new();
     // On a terminal a person is at the other end.
     if !io::stdin().is_terminal() {
@@ -328,6 +302,8 @@ fn read_stdin() -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use containerd_shim::protos::shim::oci::Options;
+
     use super::*;
 
     fn params() -> BootstrapParams {
@@ -348,6 +324,36 @@ mod tests {
         assert_eq!(protocol, Protocol::Bootstrap);
         assert_eq!(opts.ttrpc_address, "/run/c.sock.ttrpc");
         assert!(opts.socket_address("c1").starts_with("unix:///run/s/"));
+    }
+
+    /// What containerd 2.3 sends for the container c1 in k8s.io (`pkg/shim/util.go`, `Command`), as protoc encodes it from
+    /// containerd's `api/runtime/bootstrap/v1/bootstrap.proto`: log level DEBUG, version v2.3.0, the addresses, runc's options
+    /// `{shim_cgroup: "/sh", binary_name: "crun", systemd_cgroup: true}` as an extension, socket_dir `/run/s`.
+    const RECORDED: &[u8] = b"\n\x02c1\x12\x06k8s.io\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\"\x06v2.3.0\
+        *%/run/containerd/containerd.sock.ttrpc2\x1f/run/containerd/containerd.sock:\x13/usr/bin/containerd\
+        B-\n+\n\x1acontainerd.runc.v1.Options\x12\r\x1a\x03/sh2\x04crunH\x01J\x06/run/s";
+
+    #[test]
+    fn a_recorded_bootstrap_message_is_understood() {
+        let flags = Flags { id: "c1".into(), namespace: "k8s.io".into(), ..Default::default() };
+        let (opts, protocol) = start_options(RECORDED, &flags).unwrap();
+        assert_eq!(protocol, Protocol::Bootstrap);
+        assert_eq!(opts.address, "/run/containerd/containerd.sock");
+        assert_eq!(opts.ttrpc_address, "/run/containerd/containerd.sock.ttrpc");
+        assert_eq!((opts.publish_binary.as_str(), opts.debug), ("/usr/bin/containerd", true));
+        let options = opts.extension::<Options>().unwrap().unwrap();
+        assert_eq!((options.shim_cgroup.as_str(), options.binary_name.as_str()), ("/sh", "crun"));
+        assert!(options.systemd_cgroup);
+        let address = opts.socket_address("c1");
+        assert!(address.starts_with("unix:///run/s/") && address.len() == "unix:///run/s/".len() + 64);
+        assert!(bootstrap_message(RECORDED, "c2", "k8s.io").is_err(), "it is for another container");
+    }
+
+    #[test]
+    fn the_bootstrap_answer_is_protobuf() {
+        // as protoc decodes it: version 3, the address, the protocol
+        let wanted = b"\x08\x03\x12\x0funix:///run/s/x\x1a\x05ttrpc";
+        assert_eq!(answer(&Protocol::Bootstrap, "unix:///run/s/x").unwrap(), wanted);
     }
 
     #[test]
@@ -385,6 +391,13 @@ mod tests {
         assert!(socket_path(&address).exists(), "it answers");
         drop(first);
         assert!(bind(&address).unwrap().is_some());
+        remove_dead_socket(dir.path());
+        assert!(!socket_path(&address).exists());
+        // with containerd 2.x
+        drop(bind(&address).unwrap().unwrap());
+        fs::remove_file(dir.path().join("address")).unwrap();
+        let json = serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"});
+        fs::write(dir.path().join("bootstrap.json"), json.to_string()).unwrap();
         remove_dead_socket(dir.path());
         assert!(!socket_path(&address).exists());
     }

@@ -23,6 +23,7 @@ use crate::{
     reaper::Reaper,
     runc::Runc,
     state::State,
+    stats::Cgroup,
 };
 
 /// What the container's first process comes from.
@@ -95,6 +96,8 @@ pub struct Container {
     pub(crate) init_gone: AtomicBool,
     /// Whether Start has been called: an adopted container runs before it, and its exit must not be announced earlier.
     pub(crate) started: watch::Sender<bool>,
+    /// Its cgroup, found when it had its first process: it is there, and counts, after that process has ended.
+    cgroup: Mutex<Option<Cgroup>>,
     moving: AtomicBool,
 }
 
@@ -124,6 +127,7 @@ impl Container {
             running_execs: watch::Sender::new(0),
             init_gone: AtomicBool::new(false),
             started: watch::Sender::new(false),
+            cgroup: Mutex::default(),
             moving: AtomicBool::new(false),
         })
     }
@@ -144,6 +148,19 @@ impl Container {
         } else {
             PathBuf::from(&self.options.criu_work_path)
         }
+    }
+
+    /// Finds the cgroup that `pid` is in: the container's.
+    pub(crate) fn find_cgroup(&self, pid: u32) {
+        match Cgroup::of_pid(pid) {
+            Ok(found) => *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = Some(found),
+            Err(e) => log::error!("the cgroup of {}: {e:#}", self.id),
+        }
+    }
+
+    /// Its cgroup; none before it has had a process.
+    pub fn cgroup(&self) -> Option<Cgroup> {
+        self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The process that a request names: init for an empty `exec_id`.

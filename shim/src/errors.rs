@@ -3,9 +3,10 @@
 //! containerd and its clients act on the code (`NotFound` on a kill means "already gone"), so every place that knows better than
 //! "unknown" says so with the constructors here. The texts end like containerd's own error values ("...: not found").
 
-use std::fmt;
+use std::{error::Error, fmt, io};
 
 use containerd_shim_protos::ttrpc::{self, Code};
+use nix::errno::Errno;
 
 /// Result of everything that a Task API call may end with.
 pub type TaskResult<T> = Result<T, TaskError>;
@@ -53,19 +54,38 @@ impl TaskError {
     }
 }
 
+/// An error and its causes in a row; those of the system in [`system_words`].
+pub fn words(e: &anyhow::Error) -> String {
+    let one = |cause: &(dyn Error + 'static)| {
+        let number = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        let number = number.map(Errno::from_raw).or_else(|| cause.downcast_ref::<Errno>().copied());
+        number.map_or_else(|| cause.to_string(), system_words)
+    };
+    e.chain().map(one).collect::<Vec<_>>().join(": ")
+}
+
+/// The system's words for an error as containerd's other parts write them: in small letters, without the number.
+pub fn system_words(e: Errno) -> String {
+    let mut words = e.desc().to_owned();
+    if let Some(first) = words.get_mut(..1) {
+        first.make_ascii_lowercase();
+    }
+    words
+}
+
 impl fmt::Display for TaskError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
     }
 }
 
-impl std::error::Error for TaskError {}
+impl Error for TaskError {}
 
 impl From<anyhow::Error> for TaskError {
     fn from(e: anyhow::Error) -> Self {
         match e.downcast::<TaskError>() {
             Ok(e) => e,
-            Err(e) => Self::unknown(format!("{e:#}")),
+            Err(e) => Self::unknown(words(&e)),
         }
     }
 }
@@ -87,6 +107,14 @@ mod tests {
         let e = TaskError::from(anyhow::Error::from(TaskError::not_found("process already finished")));
         assert_eq!(e.code(), Code::NOT_FOUND);
         assert_eq!(e.to_string(), "process already finished: not found");
+    }
+
+    #[test]
+    fn the_systems_words_are_gos() {
+        assert_eq!(system_words(Errno::EINVAL), "invalid argument");
+        let error = anyhow::Error::from(io::Error::from_raw_os_error(libc::ENOENT)).context("opening x");
+        assert_eq!(words(&error), "opening x: no such file or directory");
+        assert_eq!(words(&anyhow::Error::from(Errno::EBUSY).context("a")), "a: device or resource busy");
     }
 
     #[test]

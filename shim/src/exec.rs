@@ -8,14 +8,15 @@ use containerd_shim_protos::{
     shim::shim::ExecProcessRequest,
     topics,
 };
+use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::{
     container::Container,
-    errors::{TaskError, TaskResult},
+    errors::{TaskError, TaskResult, system_words},
     io::StdioConfig,
     lifecycle::explain,
-    process::{Process, timestamp},
+    process::{Ended, Process, timestamp},
     reaper::Exit,
     runc,
     state::{Op, State},
@@ -163,18 +164,19 @@ impl Container {
                 if unsafe { libc::kill(pid as i32, signal as i32) } == 0 {
                     return Ok(());
                 }
-                match std::io::Error::last_os_error() {
-                    e if e.raw_os_error() == Some(libc::ESRCH) => {
-                        Err(TaskError::not_found("exec kill error: process already finished"))
+                match Errno::last() {
+                    Errno::ESRCH => Err(TaskError::not_found("exec kill error: process already finished")),
+                    e => {
+                        let e = system_words(e);
+                        Err(TaskError::unknown(format!("exec kill error: unknown error after kill: {e}")))
                     }
-                    e => Err(TaskError::unknown(format!("exec kill error: unknown error after kill: {e}"))),
                 }
             }
         }
     }
 
     /// Forgets an added process that has ended or never ran.
-    pub async fn delete_exec(&self, exec_id: &str) -> TaskResult<Arc<Process>> {
+    pub async fn delete_exec(&self, exec_id: &str) -> TaskResult<Ended> {
         let process = self.process(exec_id)?;
         let op = process.op.lock().await;
         process.check(Op::Delete)?;
@@ -183,7 +185,7 @@ impl Container {
         process.set_state(State::Deleted);
         self.forget_exec(exec_id);
         drop(op);
-        Ok(process)
+        Ok(process.ended())
     }
 
     fn exec_pid_file(&self, exec_id: &str) -> PathBuf {

@@ -19,10 +19,10 @@ use containerd_shim_protos::{
 use crate::{
     bundle,
     container::{Container, Origin, Shared},
-    errors::{TaskError, TaskResult},
+    errors::{TaskError, TaskResult, words},
     io::{ProcessIo, StdioConfig},
     mounts, oom, options,
-    process::{Process, timestamp},
+    process::{Ended, Process, timestamp},
     reaper::{Exit, ExitWatch, Mark},
     runc::{self, CreateArgs, RuncError},
     state::{Op, State},
@@ -32,7 +32,7 @@ use crate::{
 pub(crate) fn explain(e: anyhow::Error, what: &str) -> TaskError {
     match e.downcast_ref::<RuncError>() {
         Some(runc) => TaskError::unknown(runc.explain(what)),
-        None => TaskError::unknown(format!("{what}: {e:#}")),
+        None => TaskError::unknown(format!("{what}: {}", words(&e))),
     }
 }
 
@@ -181,10 +181,10 @@ impl Container {
 
     /// Watches init's exit and the container's OOM kills.
     pub fn follow(self: &Arc<Self>, watch: ExitWatch) {
-        let pid = self.init.pid();
+        self.find_cgroup(self.init.pid());
         let container = self.clone();
         self.shared.runtime.spawn(async move {
-            let watching_oom = tokio::spawn(container.clone().watch_oom(pid));
+            let watching_oom = tokio::spawn(container.clone().watch_oom());
             if let Ok(exit) = watch.exit().await {
                 container.init_exited(exit).await;
             }
@@ -192,8 +192,9 @@ impl Container {
         });
     }
 
-    async fn watch_oom(self: Arc<Self>, pid: u32) {
-        let mut kills = match oom::watch(pid) {
+    async fn watch_oom(self: Arc<Self>) {
+        let Some(cgroup) = self.cgroup() else { return };
+        let mut kills = match oom::watch(&cgroup) {
             Ok(kills) => kills,
             Err(e) => return log::warn!("no OOM events for {}: {e:#}", self.id),
         };
@@ -238,8 +239,8 @@ impl Container {
     }
 
     /// Deletes the container: runc's state, the stdio, the root's mounts. `forget` is called when that is done, before the deletion is
-    /// announced.
-    pub async fn delete(self: &Arc<Self>, forget: impl FnOnce()) -> TaskResult<()> {
+    /// announced. The answer is what was announced: the end of one that had been created only comes behind its deletion.
+    pub async fn delete(self: &Arc<Self>, forget: impl FnOnce()) -> TaskResult<Ended> {
         let _op = self.init.op.lock().await;
         self.init.check(Op::Delete)?;
         self.refuse_while_moving()?;
@@ -267,14 +268,15 @@ impl Container {
         // Lets go of a held-back exit of a container that is deleted before it was started.
         self.started.send_replace(true);
         forget();
+        let ended = self.init.ended();
         let event = TaskDelete {
             container_id: self.id.clone(),
-            pid: self.init.pid(),
-            exit_status: self.init.exit_status(),
-            exited_at: Some(self.init.exited_at()).into(),
+            pid: ended.pid,
+            exit_status: ended.status,
+            exited_at: Some(ended.at.clone()).into(),
             ..Default::default()
         };
         self.shared.publish(topics::TASK_DELETE_EVENT_TOPIC, event);
-        Ok(())
+        Ok(ended)
     }
 }

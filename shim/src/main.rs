@@ -4,7 +4,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
-//! | `bootstrap` | the short actions: `start`, `delete`, `-info`, `-v` |
+//! | `bootstrap`, `info` | the short actions: `start` and `delete`; `-info` and `-v` |
 //! | `detect` | which Task API the calling containerd speaks |
 //! | `group` | which containers share a shim |
 //! | `server` | the long-lived process: ttrpc server, log, signals |
@@ -32,6 +32,7 @@ mod events;
 mod exec;
 mod group;
 mod hooks;
+mod info;
 #[allow(dead_code, unused_imports)] // until migration.rs moves streams
 mod io;
 mod lifecycle;
@@ -54,6 +55,7 @@ mod tests;
 use std::{process::ExitCode, sync::Arc};
 
 use anyhow::{Result, bail};
+use containerd_shim::Flags;
 use transship::{
     memory::{daemon::keeper, inject::helper},
     migrate::filling::KEEPER,
@@ -71,7 +73,16 @@ fn main() -> ExitCode {
         return helper::main();
     }
     server::save_memory();
-    match run() {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = match containerd_shim::parse(&args) {
+        Ok(flags) => flags,
+        Err(e) => {
+            eprintln!("{}: {e}", bootstrap::RUNTIME_NAME);
+            // Go's status for a wrong command line
+            return ExitCode::from(2);
+        }
+    };
+    match run(&flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             // containerd shows the stderr of a failed start to the user.
@@ -81,26 +92,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<()> {
-    let args: Vec<_> = std::env::args_os().skip(1).collect();
-    let flags = containerd_shim::parse(&args)?;
+fn run(flags: &Flags) -> Result<()> {
     if flags.version {
-        bootstrap::version();
+        info::print_version();
         return Ok(());
     }
     if flags.info {
-        return bootstrap::info();
+        return info::print();
     }
     if flags.namespace.is_empty() {
         bail!("shim namespace cannot be empty");
     }
     match flags.action.as_str() {
-        "start" => bootstrap::start(&flags),
-        "delete" => bootstrap::delete(&flags),
+        "start" => bootstrap::start(flags),
+        "delete" => bootstrap::delete(flags),
         _ => {
             // the reaper waits for every child: it must not see the stops of one that is traced
             helper::through(&transship::program::own()?);
-            server::run(&flags, Arc::new(migration::Migrations::default()))
+            server::run(flags, Arc::new(migration::Migrations::default()))
         }
     }
 }

@@ -29,13 +29,8 @@ pub struct Kills {
     seen: Option<u64>,
 }
 
-/// Watches the cgroup that a process is in. For a restored container: after the restore.
-pub fn watch(pid: u32) -> Result<Kills> {
-    watch_cgroup(&Cgroup::of_pid(pid)?)
-}
-
 /// Watches a cgroup.
-pub fn watch_cgroup(cgroup: &Cgroup) -> Result<Kills> {
+pub fn watch(cgroup: &Cgroup) -> Result<Kills> {
     let dir = cgroup.dir("memory").context("the container is in no memory cgroup")?;
     match cgroup {
         Cgroup::V1(_) => watch_v1(dir),

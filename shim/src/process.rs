@@ -31,6 +31,17 @@ pub struct Exited {
     pub at: Option<SystemTime>,
 }
 
+/// What a deletion answers of a process.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ended {
+    /// Its pid, 0 if it never had one.
+    pub pid: u32,
+    /// Its exit status, 0 if it has not ended.
+    pub status: u32,
+    /// When it ended.
+    pub at: Timestamp,
+}
+
 struct Inner {
     state: State,
     pid: u32,
@@ -149,6 +160,11 @@ impl Process {
         timestamp(self.exited().and_then(|e| e.at))
     }
 
+    /// What is known of its end now.
+    pub fn ended(&self) -> Ended {
+        Ended { pid: self.pid(), status: self.exit_status(), at: self.exited_at() }
+    }
+
     /// Resizes its terminal; nothing to do without one.
     pub fn resize(&self, width: u32, height: u32) -> TaskResult<()> {
         match self.state() {
@@ -158,9 +174,9 @@ impl Process {
             State::Deleted => return Err(TaskError::unknown("cannot resize a deleted process")),
             _ => {}
         }
-        let clamp = |v: u32| u16::try_from(v).unwrap_or(u16::MAX);
         match self.io() {
-            Some(io) if self.stdio.terminal => Ok(io.resize(clamp(width), clamp(height))?),
+            // cut off, as in the Go shim
+            Some(io) if self.stdio.terminal => Ok(io.resize(width as u16, height as u16)?),
             _ => Ok(()),
         }
     }

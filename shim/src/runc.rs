@@ -318,7 +318,7 @@ impl Runc {
     }
 
     fn log(&self) -> PathBuf {
-        self.bundle.join("log.json")
+        log(&self.bundle)
     }
 
     async fn run(&self, command: Command, stdin: Option<OwnedFd>) -> Result<Finished> {
@@ -351,6 +351,11 @@ impl Runc {
 /// The runtime's program that `options` name; runc by default.
 pub fn binary(options: &RuncOptions) -> &str {
     if options.binary_name.is_empty() { "runc" } else { &options.binary_name }
+}
+
+/// Where runc writes its errors, in a bundle.
+pub fn log(bundle: &Path) -> PathBuf {
+    bundle.join("log.json")
 }
 
 /// runc's `--root` for `namespace`.

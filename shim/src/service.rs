@@ -26,9 +26,8 @@ use crate::{
     errors::{TaskError, TaskResult},
     hooks::Hooks,
     lifecycle,
-    process::Process,
+    process::{Ended, Process},
     state::State,
-    stats,
 };
 
 /// The service. Clones share everything.
@@ -109,16 +108,16 @@ impl Service {
         Ok(pid)
     }
 
-    async fn delete_process(self, request: api::DeleteRequest) -> TaskResult<Arc<Process>> {
+    async fn delete_process(self, request: api::DeleteRequest) -> TaskResult<Ended> {
         let container = self.container(&request.id)?;
         if !request.exec_id.is_empty() {
             container.refuse_while_moving()?;
             return container.delete_exec(&request.exec_id).await;
         }
         let forget = || drop(self.table().remove(&request.id));
-        container.delete(forget).await?;
+        let ended = container.delete(forget).await?;
         self.hooks.deleted(&container);
-        Ok(container.init.clone())
+        Ok(ended)
     }
 }
 
@@ -179,11 +178,11 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, r: api::DeleteRequest) -> Reply<api::DeleteResponse> {
-        let process = to_the_end(self.clone().delete_process(r)).await?;
+        let ended = to_the_end(self.clone().delete_process(r)).await?;
         Ok(api::DeleteResponse {
-            pid: process.pid(),
-            exit_status: process.exit_status(),
-            exited_at: MessageField::some(process.exited_at()),
+            pid: ended.pid,
+            exit_status: ended.status,
+            exited_at: MessageField::some(ended.at),
             ..Default::default()
         })
     }
@@ -265,14 +264,10 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, r: api::StatsRequest) -> Reply<api::StatsResponse> {
-        let container = self.container(&r.id)?;
-        match container.init.pid() {
-            0 => Err(TaskError::not_found("cgroup does not exist").into()),
-            pid => {
-                let any = stats::collect(pid).map_err(TaskError::from)?;
-                Ok(api::StatsResponse { stats: MessageField::some(any), ..Default::default() })
-            }
-        }
+        let cgroup = self.container(&r.id)?.cgroup();
+        let cgroup = cgroup.ok_or_else(|| TaskError::not_found("cgroup does not exist"))?;
+        let any = cgroup.metrics().map_err(TaskError::from)?;
+        Ok(api::StatsResponse { stats: MessageField::some(any), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, r: api::ConnectRequest) -> Reply<api::ConnectResponse> {

@@ -75,11 +75,6 @@ impl Cgroup {
     }
 }
 
-/// The metrics of the cgroup that a process is in.
-pub fn collect(pid: u32) -> Result<Any> {
-    Cgroup::of_pid(pid)?.metrics()
-}
-
 /// Reads `/proc/PID/cgroup`: lines `id:controllers:path`, the one of v2 with id 0 and no controllers.
 fn parse(text: &str, unified: bool) -> Result<Cgroup> {
     let mut dirs = HashMap::new();
@@ -198,7 +193,7 @@ mod tests {
     /// Our own cgroup, whatever this machine has.
     #[test]
     fn own_cgroup() {
-        let any = collect(std::process::id()).unwrap();
+        let any = Cgroup::of_pid(std::process::id()).unwrap().metrics().unwrap();
         if any.type_url.contains("v1") {
             let metrics = cgroups::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
             assert!(metrics.cpu.usage.total > 0 && metrics.memory.usage.usage > 0);
@@ -206,6 +201,6 @@ mod tests {
             let metrics = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).unwrap();
             assert!(metrics.cpu.usage_usec > 0);
         }
-        assert!(collect(u32::MAX / 2).is_err());
+        assert!(Cgroup::of_pid(u32::MAX / 2).is_err());
     }
 }

@@ -98,17 +98,20 @@ const SETTLE: Duration = Duration::from_secs(5);
 impl Bed {
     /// Makes the nodes and imports the images; remains of an earlier, interrupted run are removed first.
     pub fn up(containerd: Containerd) -> Result<Bed> {
-        let prefix = std::env::var("TRANSSHIP_TEST_BED").unwrap_or_else(|_| "tst".into());
-        let bed = Bed {
-            containerd,
-            prefix: format!("{prefix}{}", containerd.version().replace('.', "")),
-            agents: false,
-        };
-        bed.hack(["down"]).context("removing an earlier bed")?;
-        bed.hack(["up"])?;
+        let bed = Self::bare(containerd, "")?;
         for node in Node::ALL {
             bed.hack(["import", node.name()])?;
         }
+        Ok(bed)
+    }
+
+    /// Nodes without images, beside those of other tests: `mark` sets their names apart.
+    pub fn bare(containerd: Containerd, mark: &str) -> Result<Bed> {
+        let prefix = std::env::var("TRANSSHIP_TEST_BED").unwrap_or_else(|_| "tst".into());
+        let prefix = format!("{prefix}{mark}{}", containerd.version().replace('.', ""));
+        let bed = Bed { containerd, prefix, agents: false };
+        bed.hack(["down"]).context("removing an earlier bed")?;
+        bed.hack(["up"])?;
         Ok(bed)
     }
 

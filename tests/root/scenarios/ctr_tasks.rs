@@ -1,5 +1,5 @@
-//! The Task API through ctr, where it is easy to differ from runc's shim: events and their order, a restart of containerd, a shim
-//! that is killed, limits, signals, terminals. All of it holds for runc's shim too.
+//! The Task API through ctr, where it is easy to differ from runc's shim: a restart of containerd, a shim that is killed, limits,
+//! signals, terminals. All of it holds for runc's shim too. Call by call the two are compared in `tests/compare`.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,7 +14,6 @@ use crate::service;
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
-    Scenario { name: "ctr_events_as_with_runc", needs: Needs::Shim, run: events_as_with_runc },
     Scenario { name: "ctr_signals", needs: Needs::Shim, run: signals },
     Scenario { name: "ctr_update", needs: Needs::Shim, run: update },
     Scenario { name: "ctr_exec_id_in_use", needs: Needs::Shim, run: exec_id_in_use },
@@ -22,56 +21,6 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "ctr_containerd_restarts", needs: Needs::Shim, run: containerd_restarts },
     Scenario { name: "ctr_shim_killed", needs: Needs::Shim, run: shim_killed },
 ];
-
-/// A life with everything in it that tells containerd something.
-const LIFE: &str = r#"
-ctr events > /run/t1-events & e=$!
-sleep 0.5
-ctr run -d --null-io --runtime RUNTIME localhost/busybox:1 t1 sleep 1000
-ctr task exec --exec-id x1 t1 sh -c 'exit 3' || true
-ctr task exec --exec-id x2 t1 /no/such/program > /dev/null 2>&1 || true
-ctr task pause t1
-ctr task resume t1
-ctr task kill --signal KILL t1
-for i in $(seq 100); do ctr task ls | grep -q STOPPED && break; sleep 0.05; done
-ctr task rm t1 > /dev/null 2>&1
-ctr c rm t1
-sleep 0.5
-kill $e; wait $e || true
-cat /run/t1-events; rm /run/t1-events
-"#;
-
-/// Topics, and the exit statuses and ids in them, in order; times and pids differ from run to run.
-fn events_of_life(bed: &Bed, runtime: &str) -> Result<Vec<String>> {
-    let text = bed.sh(Node::A, &LIFE.replace("RUNTIME", runtime))?;
-    let mut events = Vec::new();
-    for line in text.lines() {
-        let Some((_, rest)) = line.split_once(" /tasks/") else { continue };
-        let (topic, json) = rest.split_once(' ').unwrap_or((rest, ""));
-        let json: serde_json::Value = serde_json::from_str(json).with_context(|| line.to_owned())?;
-        let field = |name: &str| json[name].to_string();
-        events.push(format!(
-            "{topic} exec={} id={} status={}",
-            field("exec_id"),
-            field("id"),
-            field("exit_status")
-        ));
-    }
-    Ok(events)
-}
-
-fn events_as_with_runc(bed: &Bed) -> Result<()> {
-    let mut theirs = events_of_life(bed, "io.containerd.runc.v2")?;
-    let ours = events_of_life(bed, &requirements::runtime())?;
-    // runc's shim 2.1 mostly ends before its last event is sent; ours waits until it is
-    let last = |events: &[String]| events.last().is_some_and(|e| e.starts_with("delete "));
-    if !last(&theirs) && last(&ours) {
-        theirs.extend(ours.last().cloned());
-    }
-    ensure!(theirs.len() >= 8, "the events of runc's shim: {theirs:#?}");
-    ensure!(ours == theirs, "ours: {ours:#?}\nrunc's: {theirs:#?}");
-    Ok(())
-}
 
 fn signals(bed: &Bed) -> Result<()> {
     // by name and by number, to the first process and to a session
