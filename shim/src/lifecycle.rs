@@ -54,7 +54,8 @@ pub async fn create(
     let runtime = options::runtime_options(request.options.as_ref())?;
     let bundle_dir = Path::new(&request.bundle);
     options::save(bundle_dir, &runtime)?;
-    bundle::prepare_criu_config(bundle_dir)?;
+    let state_root = runc::root(&runtime, &shared.namespace);
+    bundle::prepare_criu_config(bundle_dir, runc::binary(&runtime), &state_root)?;
 
     let (origin, state) = match marker {
         Some(marker) => (Origin::Incoming { marker }, State::Incoming),

@@ -11,7 +11,8 @@
 //! | `service` | the Task API, call by call |
 //! | `container`, `lifecycle`, `control`, `exec`, `checkpoint` | a container and what is done with it |
 //! | `process`, `state` | one process, its states |
-//! | `runc`, `command`, `reaper` | running runc; waiting for children |
+//! | `runc`, `runtime`, `command`, `reaper` | running runc, or crun; waiting for children |
+//! | `descriptors` | how many of them the shim may have, and what its children may |
 //! | `remains` | what a killed restore leaves behind |
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
@@ -26,6 +27,7 @@ mod command;
 mod console;
 mod container;
 mod control;
+mod descriptors;
 mod detect;
 mod errors;
 mod events;
@@ -43,6 +45,7 @@ mod process;
 mod reaper;
 mod remains;
 mod runc;
+mod runtime;
 mod server;
 mod service;
 mod state;

@@ -1,4 +1,5 @@
-//! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. No state of ours lives here.
+//! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. What differs by runtime is in
+//! [`crate::runtime`]. No state of ours lives here.
 //!
 //! runc writes its own errors as JSON lines into the bundle's `log.json`; what one run has added there is what its error says.
 
@@ -13,18 +14,23 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
+use tokio::sync::OnceCell;
 
 use crate::{
     command::{self, Finished},
     io::ChildStdio,
     options::RuncOptions,
     reaper::Reaper,
+    runtime::Runtime,
 };
 
 /// Where runc keeps its state, one folder per containerd namespace: the Go shim's default.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
+
+/// How long a runtime may take to say its version.
+const VERSION: Duration = Duration::from_secs(10);
 
 /// A runc run that failed.
 #[derive(Debug, Clone)]
@@ -146,6 +152,7 @@ pub struct Runc {
     bundle: PathBuf,
     systemd_cgroup: bool,
     reaper: Reaper,
+    runtime: OnceCell<Runtime>,
 }
 
 impl Runc {
@@ -157,6 +164,7 @@ impl Runc {
             bundle: bundle.to_path_buf(),
             systemd_cgroup: options.systemd_cgroup,
             reaper,
+            runtime: OnceCell::new(),
         }
     }
 
@@ -168,6 +176,26 @@ impl Runc {
     /// The runtime's program, as found through PATH.
     pub fn binary(&self) -> &str {
         &self.binary
+    }
+
+    /// Which runtime the program is. It is asked once, and only when a checkpoint or a restore has to know.
+    async fn runtime(&self) -> Result<&Runtime> {
+        let ask = async || {
+            let mut c = Command::new(&self.binary);
+            c.arg("--version");
+            let said = command::capture(&self.reaper, c, None, Some(VERSION)).await?;
+            anyhow::Ok(Runtime::from_version(&String::from_utf8_lossy(&said.stdout)))
+        };
+        self.runtime.get_or_try_init(ask).await
+    }
+
+    /// The runtime, if it can checkpoint and restore.
+    async fn criu_runtime(&self) -> Result<&Runtime> {
+        let runtime = self.runtime().await?;
+        match runtime.without_criu(&self.binary) {
+            Some(why) => bail!(why),
+            None => Ok(runtime),
+        }
     }
 
     /// Where `create` and `restore` leave the init's pid.
@@ -265,6 +293,7 @@ impl Runc {
 
     /// `runc checkpoint`.
     pub async fn checkpoint(&self, id: &str, args: &CheckpointArgs) -> Result<()> {
+        let crun = self.criu_runtime().await?.is_crun();
         let mut c = self.command("checkpoint");
         c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
         if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
@@ -274,7 +303,7 @@ impl Runc {
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         flag(&mut c, args.leave_running, "--leave-running");
         c.arg(id);
         self.run(c, None).await.map(drop)
@@ -283,30 +312,45 @@ impl Runc {
     /// `runc restore --detach`; `stdio` becomes the container's. The init's pid is then in [`Runc::pid_file`]. Fails when runc still
     /// knows a container of this id.
     pub async fn restore(&self, id: &str, args: &RestoreArgs, stdio: ChildStdio) -> Result<()> {
+        let crun = self.criu_runtime().await?.is_crun();
+        let c = self.restore_command(id, args, crun)?;
+        self.hand_over(c, stdio, args.deadline).await
+    }
+
+    fn restore_command(&self, id: &str, args: &RestoreArgs, crun: bool) -> Result<Command> {
         let mut c = self.command("restore");
         c.arg("--bundle").arg(&self.bundle).arg("--pid-file").arg(self.pid_file());
         c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
-        if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
-            c.arg("--parent-path").arg(parent);
-        }
         if let Some(socket) = &args.console_socket {
             c.arg("--console-socket").arg(socket);
         }
-        flag(&mut c, args.no_pivot, "--no-pivot");
         flag(&mut c, args.open_tcp, "--tcp-established");
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        flag(&mut c, args.lazy_pages, "--lazy-pages");
-        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         if let Some(profile) = &args.lsm_profile {
             c.arg("--lsm-profile").arg(profile);
         }
-        c.args(&args.extra_flags).arg("--detach").arg("--no-subreaper").arg(id);
+        c.args(&args.extra_flags).arg("--detach");
+        if crun {
+            if args.lazy_pages {
+                bail!("crun cannot restore lazily (no --lazy-pages)");
+            }
+            // The images name their parent themselves; pivot_root and subreapers do not concern crun's restore.
+        } else {
+            if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
+                c.arg("--parent-path").arg(parent);
+            }
+            flag(&mut c, args.no_pivot, "--no-pivot");
+            flag(&mut c, args.lazy_pages, "--lazy-pages");
+            c.arg("--no-subreaper");
+        }
+        c.arg(id);
         c.envs(args.env.iter().map(|(k, v)| (k, v)));
         // A group of its own, so that the deadline can end runc together with its criu.
         c.process_group(0);
-        self.hand_over(c, stdio, args.deadline).await
+        Ok(c)
     }
 
     fn command(&self, verb: &str) -> Command {
@@ -371,13 +415,17 @@ fn flag(c: &mut Command, on: bool, name: &str) {
     }
 }
 
-fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String]) {
+fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String], crun: bool) -> Result<()> {
     if !cgroups_mode.is_empty() {
         c.arg("--manage-cgroups-mode").arg(cgroups_mode);
+    }
+    if crun && !empty_namespaces.is_empty() {
+        bail!("crun cannot leave namespaces empty (no --empty-ns)");
     }
     for ns in empty_namespaces {
         c.arg("--empty-ns").arg(ns);
     }
+    Ok(())
 }
 
 fn file_size(path: &Path) -> u64 {

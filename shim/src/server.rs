@@ -27,15 +27,19 @@ use tokio::{
 };
 
 use crate::{
-    bootstrap::LISTEN_FD, container::Shared, events::Publisher, hooks::Hooks, reaper::Reaper,
+    bootstrap::LISTEN_FD, container::Shared, descriptors, events::Publisher, hooks::Hooks, reaper::Reaper,
     service::Service,
 };
 
 /// Time for the answer to a Shutdown call to leave before the process ends.
 const LAST_WORDS: Duration = Duration::from_millis(10);
 
-/// Time for the last events to reach containerd before the process ends.
-const LAST_EVENTS: Duration = Duration::from_secs(2);
+/// Time for the last events to reach containerd before the process ends. containerd asks for the end while it starts itself, of shims
+/// whose containers have ended meanwhile, and takes events only when it has started.
+const LAST_EVENTS: Duration = Duration::from_secs(10);
+
+/// The same when it is a signal that ends the process: the machine goes down, or somebody wants to be rid of it.
+const LAST_EVENTS_KILLED: Duration = Duration::from_secs(2);
 
 /// Stack of a helper thread, in bytes.
 const HELPER_STACK: usize = 512 << 10;
@@ -63,6 +67,7 @@ pub fn run(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 
 async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
     open_log(flags.debug)?;
+    descriptors::raise();
     nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper")?;
     let listener = inherited_listener()?;
     let socket = listener.local_addr().ok().and_then(|a| a.as_pathname().map(ToOwned::to_owned));
@@ -86,16 +91,16 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 
     let mut term = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
-    tokio::select! {
-        () = service.wait_shutdown() => {}
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+    let patience = tokio::select! {
+        () = service.wait_shutdown() => LAST_EVENTS,
+        _ = term.recv() => LAST_EVENTS_KILLED,
+        _ = int.recv() => LAST_EVENTS_KILLED,
+    };
     if let Some(socket) = socket {
         let _ = std::fs::remove_file(socket);
     }
     tokio::time::sleep(LAST_WORDS).await;
-    events.flush(LAST_EVENTS).await;
+    events.flush(patience).await;
     // Whatever still runs (waiters, copies to nobody) must not keep the process.
     std::process::exit(0)
 }

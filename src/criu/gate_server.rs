@@ -23,6 +23,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::gate::{ACTION, ANSWER, At, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
+use super::options::MASKED_FILE;
 
 /// Name of the gate's directory in the bundle.
 pub const DIR: &str = "gate";
@@ -85,8 +86,11 @@ impl GateServer {
             Ok(())
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
-        // CRIU splits values at white space: quote.
-        let conf = format!("{conf}\naction-script \"{}\"\n", dir.join(ACTION).display());
+        // CRIU splits values at white space: quote. Our dumps name masked files as runc's do; crun's restore names them by their paths.
+        let conf = format!(
+            "{conf}\naction-script \"{}\"\nexternal mnt[{MASKED_FILE}]:{MASKED_FILE}\n",
+            dir.join(ACTION).display()
+        );
         write_conf(&dir, &conf)?;
         // Bundle paths may be longer than a socket's address: the directory is named by a descriptor.
         let at = fs::File::open(&dir).with_context(|| format!("opening {}", dir.display()))?;
