@@ -18,6 +18,11 @@ pub fn runtime() -> String {
     std::env::var("TRANSSHIP_TEST_RUNTIME").unwrap_or_else(|_| OURS.to_owned())
 }
 
+/// Whether that is ours: for the few things that runc's shim does worse.
+pub fn ours() -> bool {
+    runtime() == OURS
+}
+
 const OURS: &str = "io.containerd.transship.v2";
 
 /// Where our programs were built: beside the `transship` that cargo made for this test.
