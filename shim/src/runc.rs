@@ -134,6 +134,8 @@ pub struct RestoreArgs {
     pub empty_namespaces: Vec<String>,
     /// `--manage-cgroups-mode`, when not empty (`ignore` needs runc 1.2).
     pub cgroups_mode: String,
+    /// The images have no cgroups, the tasks are to stay in those of the restoring CRIU. runc does that in any mode, crun has to be told.
+    pub cgroups_left_out: bool,
     /// `--lsm-profile TYPE:NAME`.
     pub lsm_profile: Option<String>,
     /// More flags, as they are.
@@ -328,7 +330,9 @@ impl Runc {
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
+        let ignore = crun && args.cgroups_left_out;
+        let cgroups_mode = if ignore { "ignore" } else { &args.cgroups_mode };
+        criu_common(&mut c, cgroups_mode, &args.empty_namespaces, crun)?;
         if let Some(profile) = &args.lsm_profile {
             c.arg("--lsm-profile").arg(profile);
         }
@@ -477,6 +481,35 @@ mod tests {
         e.logged = Some("no such file".into());
         assert_eq!(e.explain("OCI runtime create failed"), "OCI runtime create failed: no such file");
         assert!(e.mentions("BOOM") && e.mentions("no such"));
+    }
+
+    #[test]
+    fn a_restore_has_the_flags_that_the_runtime_knows() {
+        let runc = Runc::new(&RuncOptions::default(), Path::new("/b"), "ns", Reaper::default());
+        let args = RestoreArgs {
+            no_pivot: true,
+            parent_path: Some("../p".into()),
+            open_tcp: true,
+            cgroups_left_out: true,
+            ..Default::default()
+        };
+        let line = |args: &RestoreArgs, crun| {
+            let c = runc.restore_command("c1", args, crun)?;
+            let words: Vec<_> = c.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
+            anyhow::Ok(words.join(" "))
+        };
+        let (of_runc, of_crun) = (line(&args, false).unwrap(), line(&args, true).unwrap());
+        assert!(
+            of_runc.ends_with("--tcp-established --detach --parent-path ../p --no-pivot --no-subreaper c1"),
+            "{of_runc}"
+        );
+        assert!(of_crun.ends_with("--tcp-established --manage-cgroups-mode ignore --detach c1"), "{of_crun}");
+        for wrong in [
+            RestoreArgs { lazy_pages: true, ..Default::default() },
+            RestoreArgs { empty_namespaces: vec!["network".into()], ..Default::default() },
+        ] {
+            assert!(line(&wrong, true).is_err() && line(&wrong, false).is_ok());
+        }
     }
 
     #[test]

@@ -155,6 +155,20 @@ fn external_paths(spec: &Spec, v1_hierarchies: &[String]) -> Vec<String> {
     paths
 }
 
+/// Whether a dump of ours has no paths of cgroups in its images (see `cgroup_image`): the tasks then inherit the cgroups of the restoring
+/// CRIU, which runc has put into the container's; that works with `runc restore`'s default mode, the only one of runc 1.1. Not with
+/// a private cgroup namespace, which CRIU 4.2 loses when it ignores cgroups (runc #5417); runc passes the new root on restore.
+pub fn leaves_cgroups_out(spec: &Spec) -> bool {
+    !matches!(namespace(spec, LinuxNamespaceType::Cgroup), Some(None))
+}
+
+/// [`leaves_cgroups_out`] of the `config.json` in a bundle.
+pub fn bundle_leaves_cgroups_out(bundle: &Path) -> Result<bool> {
+    let config = bundle.join("config.json");
+    let spec = Spec::load(&config).with_context(|| format!("reading {}", config.display()))?;
+    Ok(leaves_cgroups_out(&spec))
+}
+
 /// The options of a DUMP. Directories, page server and notifications are [`super::dump`]'s.
 pub fn dump_options(spec: &Spec, facts: &Facts, limits: &Limits) -> Result<CriuOpts> {
     let text =
@@ -174,13 +188,7 @@ pub fn dump_options(spec: &Spec, facts: &Facts, limits: &Limits) -> Result<CriuO
     let mut external = vec![format!("net[{}]:{EXT_NETNS}", facts.netns)];
     external.extend(facts.pidns.map(|ino| format!("pid[{ino}]:{EXT_PIDNS}")));
 
-    let cgroups = match namespace(spec, LinuxNamespaceType::Cgroup) {
-        // CRIU 4.2 loses a private cgroup namespace when it ignores cgroups (runc #5417); runc passes the new root on restore.
-        Some(None) => CgMode::Soft,
-        // No paths of cgroups in the images (see `cgroup_image`): the tasks inherit the cgroups of the restoring CRIU, which runc has put
-        // into the container's. Works with `runc restore`'s default mode, the only one of runc 1.1.
-        _ => CgMode::Ignore,
-    };
+    let cgroups = if leaves_cgroups_out(spec) { CgMode::Ignore } else { CgMode::Soft };
     Ok(CriuOpts {
         pid: Some(facts.pid),
         root: Some(text(&facts.rootfs)?),

@@ -31,7 +31,8 @@ pub fn bin_dir() -> PathBuf {
     std::env::var_os("TRANSSHIP_BIN_DIR").map(PathBuf::from).or_else(beside).unwrap_or_default()
 }
 
-fn opt() -> PathBuf {
+/// Where `hack/setup` unpacks programs.
+pub fn opt() -> PathBuf {
     std::env::var_os("TRANSSHIP_OPT").map_or_else(|| "/opt/transship".into(), PathBuf::from)
 }
 

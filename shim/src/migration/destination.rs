@@ -100,6 +100,7 @@ impl DestinationTask for Arriving {
             open_tcp: true,
             external_unix_sockets: true,
             file_locks: true,
+            cgroups_left_out: criu::options::bundle_leaves_cgroups_out(&self.container.bundle)?,
             env: vec![("PATH".into(), path)],
             ..RestoreArgs::default()
         };

