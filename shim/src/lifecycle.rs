@@ -24,7 +24,8 @@ use crate::{
     mounts, oom, options,
     process::{Process, timestamp},
     reaper::{Exit, ExitWatch, Mark},
-    runc::{self, CreateArgs, RuncError},
+    runc::{self, CreateArgs},
+    runc_error::RuncError,
     state::{Op, State},
 };
 

@@ -1,12 +1,12 @@
 //! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. What differs by runtime is in
 //! [`crate::runtime`]. No state of ours lives here.
 //!
-//! runc writes its own errors as JSON lines into the bundle's `log.json`; what one run has added there is what its error says.
+//! What a run that failed has said is in [`crate::runc_error`].
 
 use std::{
     ffi::OsString,
     fs,
-    io::{Read, Seek, SeekFrom, Write},
+    io::{Seek, SeekFrom, Write},
     os::fd::OwnedFd,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -15,7 +15,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde::Deserialize;
 use tokio::sync::OnceCell;
 
 use crate::{
@@ -23,7 +22,8 @@ use crate::{
     io::ChildStdio,
     options::RuncOptions,
     reaper::Reaper,
-    runtime::Runtime,
+    runc_error::{self, RuncError},
+    runtime::{self, Runtime},
 };
 
 /// Where runc keeps its state, one folder per containerd namespace: the Go shim's default.
@@ -31,45 +31,6 @@ const DEFAULT_ROOT: &str = "/run/containerd/runc";
 
 /// How long a runtime may take to say its version.
 const VERSION: Duration = Duration::from_secs(10);
-
-/// A runc run that failed.
-#[derive(Debug, Clone)]
-pub struct RuncError {
-    program: String,
-    status: u32,
-    output: String,
-    /// The last error in what the run added to its log.
-    logged: Option<String>,
-}
-
-impl RuncError {
-    /// The error for a client: `what` and runc's own reason.
-    pub fn explain(&self, what: &str) -> String {
-        match &self.logged {
-            Some(reason) => format!("{what}: {reason}"),
-            None => format!("{what}: {self}"),
-        }
-    }
-
-    /// Whether the reason or the output contains `text` (any case).
-    pub fn mentions(&self, text: &str) -> bool {
-        let text = text.to_lowercase();
-        self.output.to_lowercase().contains(&text)
-            || self.logged.as_ref().is_some_and(|l| l.to_lowercase().contains(&text))
-    }
-}
-
-impl std::fmt::Display for RuncError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} did not terminate successfully: exit status {}", self.program, self.status)?;
-        if !self.output.is_empty() {
-            write!(f, ": {}", self.output)?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for RuncError {}
 
 /// How `runc create` makes the container.
 #[derive(Debug, Default)]
@@ -134,8 +95,6 @@ pub struct RestoreArgs {
     pub empty_namespaces: Vec<String>,
     /// `--manage-cgroups-mode`, when not empty (`ignore` needs runc 1.2).
     pub cgroups_mode: String,
-    /// The images have no cgroups, the tasks are to stay in those of the restoring CRIU. runc does that in any mode, crun has to be told.
-    pub cgroups_left_out: bool,
     /// `--lsm-profile TYPE:NAME`.
     pub lsm_profile: Option<String>,
     /// More flags, as they are.
@@ -183,12 +142,20 @@ impl Runc {
     /// Which runtime the program is. It is asked once, and only when a checkpoint or a restore has to know.
     async fn runtime(&self) -> Result<&Runtime> {
         let ask = async || {
+            if runtime::named_runc(&self.binary) {
+                return Ok(Runtime::Runc);
+            }
             let mut c = Command::new(&self.binary);
             c.arg("--version");
             let said = command::capture(&self.reaper, c, None, Some(VERSION)).await?;
             anyhow::Ok(Runtime::from_version(&String::from_utf8_lossy(&said.stdout)))
         };
         self.runtime.get_or_try_init(ask).await
+    }
+
+    /// Whether the program is crun. Asks it the first time.
+    pub async fn is_crun(&self) -> Result<bool> {
+        Ok(self.runtime().await?.is_crun())
     }
 
     /// The runtime, if it can checkpoint and restore.
@@ -330,9 +297,7 @@ impl Runc {
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        let ignore = crun && args.cgroups_left_out;
-        let cgroups_mode = if ignore { "ignore" } else { &args.cgroups_mode };
-        criu_common(&mut c, cgroups_mode, &args.empty_namespaces, crun)?;
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         if let Some(profile) = &args.lsm_profile {
             c.arg("--lsm-profile").arg(profile);
         }
@@ -370,7 +335,7 @@ impl Runc {
     }
 
     async fn run(&self, command: Command, stdin: Option<OwnedFd>) -> Result<Finished> {
-        let log_start = file_size(&self.log());
+        let log_start = runc_error::log_size(&self.log());
         let done = command::capture(&self.reaper, command, stdin, None).await?;
         if done.status == 0 {
             return Ok(done);
@@ -383,7 +348,7 @@ impl Runc {
     }
 
     async fn hand_over(&self, command: Command, stdio: ChildStdio, deadline: Option<Duration>) -> Result<()> {
-        let log_start = file_size(&self.log());
+        let log_start = runc_error::log_size(&self.log());
         match command::hand_over(&self.reaper, command, stdio, deadline).await? {
             0 => Ok(()),
             status => Err(self.error(status, String::new(), log_start)),
@@ -391,8 +356,7 @@ impl Runc {
     }
 
     fn error(&self, status: u32, output: String, log_start: u64) -> anyhow::Error {
-        let logged = last_logged_error(&self.log(), log_start);
-        anyhow!(RuncError { program: self.binary.clone(), status, output, logged })
+        anyhow!(RuncError::new(&self.binary, status, output, &self.log(), log_start))
     }
 }
 
@@ -432,56 +396,9 @@ fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String],
     Ok(())
 }
 
-fn file_size(path: &Path) -> u64 {
-    fs::metadata(path).map_or(0, |m| m.len())
-}
-
-/// The last line of level error that was added to runc's log after its first `start` bytes.
-fn last_logged_error(log: &Path, start: u64) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Line {
-        level: String,
-        msg: String,
-    }
-    let mut file = fs::File::open(log).ok()?;
-    file.seek(SeekFrom::Start(start)).ok()?;
-    let mut text = String::new();
-    file.take(1 << 20).read_to_string(&mut text).ok()?;
-    text.lines()
-        .filter_map(|l| serde_json::from_str::<Line>(l).ok())
-        .rfind(|l| l.level == "error" || l.level == "fatal")
-        .map(|l| l.msg.trim().to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_log_tells_the_reason_of_this_run_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("log.json");
-        let old = "{\"level\":\"error\",\"msg\":\"old\",\"time\":\"t\"}\n";
-        fs::write(&log, old).unwrap();
-        assert_eq!(last_logged_error(&log, old.len() as u64), None);
-        let new = format!(
-            "{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n"
-        );
-        fs::write(&log, new).unwrap();
-        assert_eq!(last_logged_error(&log, old.len() as u64).as_deref(), Some("new"));
-    }
-
-    #[test]
-    fn an_error_prefers_runcs_own_reason() {
-        let mut e = RuncError { program: "runc".into(), status: 1, output: "boom".into(), logged: None };
-        assert_eq!(
-            e.explain("OCI runtime create failed"),
-            "OCI runtime create failed: runc did not terminate successfully: exit status 1: boom"
-        );
-        e.logged = Some("no such file".into());
-        assert_eq!(e.explain("OCI runtime create failed"), "OCI runtime create failed: no such file");
-        assert!(e.mentions("BOOM") && e.mentions("no such"));
-    }
 
     #[test]
     fn a_restore_has_the_flags_that_the_runtime_knows() {
@@ -490,7 +407,7 @@ mod tests {
             no_pivot: true,
             parent_path: Some("../p".into()),
             open_tcp: true,
-            cgroups_left_out: true,
+            cgroups_mode: "ignore".into(),
             ..Default::default()
         };
         let line = |args: &RestoreArgs, crun| {
@@ -500,7 +417,7 @@ mod tests {
         };
         let (of_runc, of_crun) = (line(&args, false).unwrap(), line(&args, true).unwrap());
         assert!(
-            of_runc.ends_with("--tcp-established --detach --parent-path ../p --no-pivot --no-subreaper c1"),
+            of_runc.ends_with("--tcp-established --manage-cgroups-mode ignore --detach --parent-path ../p --no-pivot --no-subreaper c1"),
             "{of_runc}"
         );
         assert!(of_crun.ends_with("--tcp-established --manage-cgroups-mode ignore --detach c1"), "{of_crun}");

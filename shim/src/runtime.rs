@@ -48,6 +48,11 @@ impl Runtime {
     }
 }
 
+/// Whether a program of this name is runc, beyond doubt: it need not be asked.
+pub fn named_runc(binary: &str) -> bool {
+    Path::new(binary).file_name().is_some_and(|name| name == "runc")
+}
+
 /// Whether a program of this name is crun, for what has to be known before it is worth running it.
 pub fn named_crun(binary: &str) -> bool {
     Path::new(binary).file_name().is_some_and(|name| name.to_string_lossy().contains("crun"))
@@ -84,6 +89,7 @@ mod tests {
     fn names() {
         assert!(named_crun("/opt/crun/bin/crun") && named_crun("crun"));
         assert!(!named_crun("/crun/runc"));
+        assert!(named_runc("/crun/runc") && named_runc("runc") && !named_runc("runc-1.3"));
         let line = empty_directory(Path::new("/run/containerd/runc/k8s.io"));
         assert_eq!(
             line,

@@ -31,8 +31,9 @@ use crate::{
     service::Service,
 };
 
-/// Time for the answer to a Shutdown call to leave before the process ends.
-const LAST_WORDS: Duration = Duration::from_millis(10);
+/// Time for the answer to a Shutdown call to leave before the process ends. The tasks that write it are ready by then and come first; a
+/// client that deletes a container waits for our end.
+const LAST_WORDS: Duration = Duration::from_millis(1);
 
 /// Time for the last events to reach containerd before the process ends. containerd asks for the end while it starts itself, of shims
 /// whose containers have ended meanwhile, and takes events only when it has started.
@@ -99,8 +100,8 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
     if let Some(socket) = socket {
         let _ = std::fs::remove_file(socket);
     }
-    tokio::time::sleep(LAST_WORDS).await;
     events.flush(patience).await;
+    tokio::time::sleep(LAST_WORDS).await;
     // Whatever still runs (waiters, copies to nobody) must not keep the process.
     std::process::exit(0)
 }
@@ -108,7 +109,7 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 /// The Task service under both names that containerd knows it by. The crate generates only `containerd.task.v3.Task`;
 /// `containerd.task.v2.Task` of containerd 1.x has the same methods and the same messages, so the generated table is
 /// registered a second time under that name.
-fn services(service: Arc<dyn Task + Send + Sync>) -> Vec<(String, Methods)> {
+pub(crate) fn services(service: Arc<dyn Task + Send + Sync>) -> Vec<(String, Methods)> {
     let v3 = create_task(service.clone()).into_values();
     let v2 = create_task(service).into_values();
     let names = |name: &'static str, tables| Iterator::zip(std::iter::repeat(name.to_string()), tables);

@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::gate::{ACTION, ANSWER, At, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
+use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
 use super::options::MASKED_FILE;
 
 /// Name of the gate's directory in the bundle.
@@ -31,6 +31,13 @@ pub const DIR: &str = "gate";
 pub const CRIU_CONF: &str = "criu.conf";
 /// The annotation by which runc finds the configuration.
 pub const CRIU_CONF_ANNOTATION: &str = "org.criu.config";
+
+/// Has CRIU enter a cgroup before it restores, so that tasks whose images name no cgroups are born in it. runc does that itself;
+/// crun does not. `gates` is [`GateServer::dir`]; `path` is the spec's `cgroupsPath`, which counts where crun does not show another.
+pub fn enter_cgroup(gates: &Path, path: &str) -> Result<()> {
+    let file = gates.join(CGROUP);
+    fs::write(&file, path).with_context(|| format!("writing {}", file.display()))
+}
 
 /// Until when to wait, and what ends the waiting early.
 pub struct Wait<'a> {

@@ -162,11 +162,12 @@ pub fn leaves_cgroups_out(spec: &Spec) -> bool {
     !matches!(namespace(spec, LinuxNamespaceType::Cgroup), Some(None))
 }
 
-/// [`leaves_cgroups_out`] of the `config.json` in a bundle.
-pub fn bundle_leaves_cgroups_out(bundle: &Path) -> Result<bool> {
+/// The cgroup of a container whose tasks must be put there by the restorer, because the dump has left it out; from its bundle.
+pub fn cgroup_left_out(bundle: &Path) -> Result<Option<String>> {
     let config = bundle.join("config.json");
     let spec = Spec::load(&config).with_context(|| format!("reading {}", config.display()))?;
-    Ok(leaves_cgroups_out(&spec))
+    let path = spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref());
+    Ok(path.filter(|_| leaves_cgroups_out(&spec)).map(|p| p.to_string_lossy().into_owned()))
 }
 
 /// The options of a DUMP. Directories, page server and notifications are [`super::dump`]'s.

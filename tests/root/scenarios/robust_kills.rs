@@ -5,8 +5,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::Scenario;
-use crate::bed::{Bed, Node, wait_for};
+use crate::bed::{Bed, Node, patient, wait_for};
 use crate::container::{self, Run};
+use crate::many;
 use crate::requirements::{self, Needs};
 use crate::shims::Shim;
 
@@ -14,6 +15,7 @@ use crate::shims::Shim;
 pub const ALL: &[Scenario] = &[
     Scenario { name: "robust_shim_killed", needs: Needs::Shim, run: alone },
     Scenario { name: "robust_pods_shim_killed", needs: Needs::Shim, run: pod },
+    Scenario { name: "robust_shim_killed_while_busy", needs: Needs::Shim, run: while_busy },
 ];
 
 /// Kills the shim of `id` and waits until containerd has done with the tasks, and their processes are gone.
@@ -100,4 +102,49 @@ fn pod(bed: &Bed) -> Result<()> {
     start("t2", &["--null-io"], &sleeper)?;
     container::delete(bed, Node::A, "t2")?;
     container::delete(bed, Node::A, "t1")
+}
+
+/// Killed while containers of its pod are being made, entered and deleted, so that some are half there.
+fn while_busy(bed: &Bed) -> Result<()> {
+    const MANY: usize = 8;
+    let ids: Vec<String> = (0..MANY).map(|n| format!("k{n}")).collect();
+    let busy = |id: String, api: many::Api| async move {
+        let mut lives = 0;
+        while api.run(&id, Some("k"), &[]).await.is_ok()
+            && api.exec(&id, "x", &["true"]).await.is_ok()
+            && api.remove(&id).await.is_ok()
+        {
+            lives += 1;
+        }
+        lives
+    };
+    many::with(bed, Node::A, async |api| {
+        api.run("k", Some("k"), &[]).await?;
+        let shim = Shim::of(bed, Node::A, "k")?;
+        let all = ids.iter().map(|id| tokio::spawn(busy(id.clone(), api.clone())));
+        let all: Vec<_> = all.collect();
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        bed.ok(Node::A, &["kill", "-9", &shim.pid.to_string()])?;
+        let mut lives = 0;
+        for one in all {
+            lives += one.await?;
+        }
+        ensure!(lives > 0, "nobody had begun");
+        for id in ids.iter().map(String::as_str).chain(["k"]) {
+            let begun = std::time::Instant::now();
+            // containerd may still be cleaning up
+            while let Err(e) = api.wipe(id).await {
+                ensure!(begun.elapsed() < patient(Duration::from_secs(15)), "{id} cannot be removed: {e:#}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+        Ok(())
+    })?;
+    bed.expect_clean()?;
+    many::with(bed, Node::A, async |api| {
+        api.run("k", Some("k"), &[]).await?;
+        api.run("k0", Some("k"), &[]).await?;
+        api.remove("k0").await?;
+        api.remove("k").await
+    })
 }
