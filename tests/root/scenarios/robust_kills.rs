@@ -1,8 +1,10 @@
 //! A shim that is killed: containerd cleans up what it had, whatever it had.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::Scenario;
 use crate::bed::{Bed, Node, patient, wait_for};
@@ -108,28 +110,35 @@ fn pod(bed: &Bed) -> Result<()> {
 fn while_busy(bed: &Bed) -> Result<()> {
     const MANY: usize = 8;
     let ids: Vec<String> = (0..MANY).map(|n| format!("k{n}")).collect();
-    let busy = |id: String, api: many::Api| async move {
-        let mut lives = 0;
-        while api.run(&id, Some("k"), &[]).await.is_ok()
-            && api.exec(&id, "x", &["true"]).await.is_ok()
-            && api.remove(&id).await.is_ok()
-        {
-            lives += 1;
+    // the next create brings the pod another shim: all of them would live on
+    let (stop, lives) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let busy = |id: String, api: many::Api| {
+        let (stop, lives) = (stop.clone(), lives.clone());
+        async move {
+            while !stop.load(Ordering::Relaxed)
+                && api.run(&id, Some("k"), &[]).await.is_ok()
+                && api.exec(&id, "x", &["true"]).await.is_ok()
+                && api.remove(&id).await.is_ok()
+            {
+                lives.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        lives
     };
     many::with(bed, Node::A, async |api| {
         api.run("k", Some("k"), &[]).await?;
         let shim = Shim::of(bed, Node::A, "k")?;
         let all = ids.iter().map(|id| tokio::spawn(busy(id.clone(), api.clone())));
         let all: Vec<_> = all.collect();
-        tokio::time::sleep(Duration::from_millis(900)).await;
-        bed.ok(Node::A, &["kill", "-9", &shim.pid.to_string()])?;
-        let mut lives = 0;
-        for one in all {
-            lives += one.await?;
+        while lives.load(Ordering::Relaxed) < MANY {
+            ensure!(all.iter().any(|one| !one.is_finished()), "all have failed");
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        ensure!(lives > 0, "nobody had begun");
+        bed.ok(Node::A, &["kill", "-9", &shim.pid.to_string()])?;
+        stop.store(true, Ordering::Relaxed);
+        for one in all {
+            let ended = tokio::time::timeout(patient(Duration::from_secs(30)), one).await;
+            ended.context("a call that does not end")??;
+        }
         for id in ids.iter().map(String::as_str).chain(["k"]) {
             let begun = std::time::Instant::now();
             // containerd may still be cleaning up
