@@ -38,12 +38,9 @@ impl Container {
         let result = self.runc.checkpoint(&self.id, &args).await;
         if let Err(e) = result {
             let log = args.work_dir.join("dump.log");
-            let reason = criu_error(&log);
             // The work folder may be temporary; the bundle's copy stays until the container is deleted.
             let kept = self.bundle.join("criu-dump.log");
-            fs::copy(&log, &kept)
-                .map(drop)
-                .unwrap_or_else(|e| log::error!("failed to copy dump.log to criu-dump.log: {e}"));
+            let reason = search_and_keep(log, kept.clone()).await;
             remove_if(&own_work, args.work_dir == own_work);
             let first = format!("{e:#}").lines().next().unwrap_or_default().to_string();
             let text = match reason {
@@ -97,6 +94,18 @@ impl Container {
         self.init.set_pid(pid);
         Ok(self.shared.reaper.watch(pid as i32, mark))
     }
+}
+
+/// [`criu_error`], and a copy of the log. In a helper thread: the log of a large container has many megabytes, and the other containers of
+/// the pod shall not wait for it.
+async fn search_and_keep(log: PathBuf, kept: PathBuf) -> Option<String> {
+    let work = move || {
+        if let Err(e) = fs::copy(&log, &kept) {
+            log::error!("failed to copy dump.log to criu-dump.log: {e}");
+        }
+        criu_error(&log)
+    };
+    tokio::task::spawn_blocking(work).await.ok().flatten()
 }
 
 /// CRIU's own first error in its log: what went wrong; the lines after it are mostly consequences. Without the time stamp.

@@ -9,7 +9,7 @@ use crate::{
     container::Container,
     errors::{TaskError, TaskResult},
     lifecycle::explain,
-    runc::RuncError,
+    runc_error::RuncError,
     state::{Op, State},
 };
 

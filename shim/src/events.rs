@@ -5,8 +5,9 @@
 //! and reads a message's descriptor (reflection: memory that an idle shim would keep) for the name that `Message::NAME` has.
 //! So one layer below: ttrpc's client and the generated Events service.
 //!
-//! An event that cannot be delivered is tried again, as containerd's own shim does, up to five times after 1, 2, 3, 4 and 5
-//! seconds; later ones wait behind it. A connection that containerd closed (a restart) costs no try.
+//! An event that containerd does not take is tried again, as containerd's own shim does, up to five times after 1, 2, 3, 4 and 5
+//! seconds; later ones wait behind it. While nobody listens at the address (a restart, an upgrade, a crash) nothing is given up,
+//! unlike in containerd's own shim, where an exit in an absence of more than 15 seconds is lost: events wait until it is back.
 
 use std::{
     collections::VecDeque,
@@ -17,7 +18,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use containerd_shim_protos::{
     protobuf::{
         Message, MessageField,
@@ -36,6 +37,8 @@ use tokio::{
 const QUEUE: usize = 2048;
 /// How often an event is tried again.
 const RETRIES: u32 = 5;
+/// How often it is looked whether containerd is back.
+const AWAY: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 /// How long containerd may take to accept a connection or an event.
 const FORWARD: Duration = Duration::from_secs(5);
 
@@ -137,26 +140,45 @@ impl Queue {
     }
 }
 
+/// Why an event was not delivered.
+enum Failure {
+    /// Nobody listens.
+    Away(anyhow::Error),
+    /// Somebody listens and does not take it.
+    Refused(anyhow::Error),
+}
+
 /// The task: delivers the head of the queue until the publisher is gone.
 async fn deliver(queue: Arc<Queue>, address: String) {
     let mut connection = None;
     let mut tries = 0;
+    let mut away = false;
     while !queue.is_closed() {
         let head = queue.waiting().front().cloned();
         let Some(head) = head else {
             queue.added.notified().await;
             continue;
         };
-        if let Err(e) = forward(&mut connection, &address, &head).await {
-            tries += 1;
-            if tries <= RETRIES {
-                log::warn!("event {} was not delivered, try {tries}: {e:#}", head.topic);
-                sleep(Duration::from_secs(tries.into())).await;
+        match forward(&mut connection, &address, &head).await {
+            Ok(()) => {}
+            Err(Failure::Away(e)) => {
+                if !std::mem::replace(&mut away, true) {
+                    log::warn!("event {} waits, and those behind it: {e:#}", head.topic);
+                }
+                sleep(AWAY).await;
                 continue;
             }
-            log::error!("event {} is given up: {e:#}", head.topic);
+            Err(Failure::Refused(e)) => {
+                tries += 1;
+                if tries <= RETRIES {
+                    log::warn!("event {} was not delivered, try {tries}: {e:#}", head.topic);
+                    sleep(Duration::from_secs(tries.into())).await;
+                    continue;
+                }
+                log::error!("event {} is given up: {e:#}", head.topic);
+            }
         }
-        tries = 0;
+        (tries, away) = (0, false);
         let mut waiting = queue.waiting();
         // A queue that overflowed meanwhile has dropped it already.
         if waiting.front() == Some(&head) {
@@ -168,16 +190,16 @@ async fn deliver(queue: Arc<Queue>, address: String) {
 }
 
 /// One event over the connection; a fresh one when there is none or the old one is closed.
-async fn forward(connection: &mut Option<EventsClient>, address: &str, event: &Envelope) -> Result<()> {
+async fn forward(
+    connection: &mut Option<EventsClient>,
+    address: &str,
+    event: &Envelope,
+) -> Result<(), Failure> {
     let request = ForwardRequest { envelope: MessageField::some(event.clone()), ..Default::default() };
     for fresh in [false, true] {
         let client = match connection.take() {
             Some(client) => client,
-            None => {
-                let client =
-                    timeout(FORWARD, Client::connect(address)).await.context("connecting takes too long")?;
-                EventsClient::new(client.with_context(|| format!("connecting to {address}"))?)
-            }
+            None => connect(address).await.map_err(Failure::Away)?,
         };
         match timeout(FORWARD, client.forward(context::with_duration(FORWARD), &request)).await {
             Ok(Ok(_)) => {
@@ -185,11 +207,16 @@ async fn forward(connection: &mut Option<EventsClient>, address: &str, event: &E
                 return Ok(());
             }
             Ok(Err(ttrpc::Error::RemoteClosed | ttrpc::Error::LocalClosed)) if !fresh => continue,
-            Ok(Err(e)) => return Err(e).context("forwarding"),
-            Err(_) => anyhow::bail!("containerd does not answer"),
+            Ok(Err(e)) => return Err(Failure::Refused(anyhow::Error::from(e).context("forwarding"))),
+            Err(_) => return Err(Failure::Refused(anyhow!("containerd does not answer"))),
         }
     }
-    anyhow::bail!("containerd closes the connection")
+    Err(Failure::Refused(anyhow!("containerd closes the connection")))
+}
+
+async fn connect(address: &str) -> Result<EventsClient> {
+    let client = timeout(FORWARD, Client::connect(address)).await.context("connecting takes too long")?;
+    Ok(EventsClient::new(client.with_context(|| format!("connecting to {address}"))?))
 }
 
 fn now() -> Timestamp {
@@ -286,6 +313,22 @@ mod tests {
         for n in 4..200 {
             assert_eq!(pid(&events.try_recv().unwrap()), n);
         }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_given_up_while_nobody_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ttrpc");
+        let publisher = Publisher::new(path.to_str().unwrap(), "k8s.io");
+        publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, exit(1));
+        publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, exit(2));
+        // many more looks than an event has tries
+        sleep(20 * RETRIES * AWAY).await;
+        assert_eq!(publisher.queue.waiting().len(), 2);
+        let (seen, mut events) = mpsc::unbounded_channel();
+        let _server = daemon(&path, &seen, 0).await;
+        publisher.flush(Duration::from_secs(20)).await;
+        assert_eq!((pid(&events.try_recv().unwrap()), pid(&events.try_recv().unwrap())), (1, 2));
     }
 
     #[tokio::test]

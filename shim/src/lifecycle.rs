@@ -24,7 +24,8 @@ use crate::{
     mounts, oom, options,
     process::{Ended, Process, timestamp},
     reaper::{Exit, ExitWatch, Mark},
-    runc::{self, CreateArgs, RuncError},
+    runc::{self, CreateArgs},
+    runc_error::RuncError,
     state::{Op, State},
 };
 
@@ -54,7 +55,8 @@ pub async fn create(
     let runtime = options::runtime_options(request.options.as_ref())?;
     let bundle_dir = Path::new(&request.bundle);
     options::save(bundle_dir, &runtime)?;
-    bundle::prepare_criu_config(bundle_dir)?;
+    let state_root = runc::root(&runtime, &shared.namespace);
+    bundle::prepare_criu_config(bundle_dir, runc::binary(&runtime), &state_root)?;
 
     let (origin, state) = match marker {
         Some(marker) => (Origin::Incoming { marker }, State::Incoming),

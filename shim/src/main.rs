@@ -11,7 +11,8 @@
 //! | `service` | the Task API, call by call |
 //! | `container`, `lifecycle`, `control`, `exec`, `checkpoint` | a container and what is done with it |
 //! | `process`, `state` | one process, its states |
-//! | `runc`, `command`, `reaper` | running runc; waiting for children |
+//! | `runc`, `runc_error`, `runtime`, `command`, `reaper` | running runc, or crun; waiting for children |
+//! | `descriptors` | how many of them the shim may have, and what its children may |
 //! | `remains` | what a killed restore leaves behind |
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
@@ -26,6 +27,7 @@ mod command;
 mod console;
 mod container;
 mod control;
+mod descriptors;
 mod detect;
 mod errors;
 mod events;
@@ -44,6 +46,8 @@ mod process;
 mod reaper;
 mod remains;
 mod runc;
+mod runc_error;
+mod runtime;
 mod server;
 mod service;
 mod state;
@@ -51,6 +55,8 @@ mod stats;
 mod stdio;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_clients;
 
 use std::{process::ExitCode, sync::Arc};
 

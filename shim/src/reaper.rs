@@ -21,6 +21,8 @@ use tokio::{
     sync::oneshot,
 };
 
+use crate::descriptors;
+
 /// Unwatched exits that are remembered. A container without a private pid namespace can orphan many processes while one `runc`
 /// runs; the oldest are forgotten first.
 const UNCLAIMED_LIMIT: usize = 1024;
@@ -104,6 +106,7 @@ impl Reaper {
     /// Spawns `command` and watches it. Must run on the runtime's thread.
     pub fn spawn(&self, command: &mut Command) -> Result<(i32, ExitWatch)> {
         let (tx, rx) = oneshot::channel();
+        descriptors::as_before(command);
         // The lock is held over the spawn, so that the child's exit cannot be dispatched before its watcher is in the table.
         let mut inner = self.inner();
         let child =

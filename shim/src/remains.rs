@@ -1,5 +1,5 @@
-//! What a `runc restore` that was killed half-way leaves behind, and `runc delete` does not know how to remove: its state directory
-//! without a `state.json` but with a bind mount in it, and empty cgroups. Ordinary deletes are runc's.
+//! What a `runc restore` (or crun's) that was killed half-way leaves behind, and `runc delete` does not know how to remove: its state
+//! directory without a `state.json` but with a bind mount in it, and empty cgroups. Ordinary deletes are runc's.
 
 use std::{
     fs, io,
@@ -13,7 +13,7 @@ use nix::{
 };
 use serde::Deserialize;
 
-/// runc's bind mount of the root for CRIU, below its state directory (libcontainer's restore).
+/// runc's bind mount of the root for CRIU, below its state directory (libcontainer's restore); crun's is in the bundle.
 const CRIU_ROOT: &str = "criu-root";
 /// How often and how long a directory that is still in use is tried again: a runc whose shim was killed needs a moment to end.
 const TRIES: u32 = 40;
@@ -33,9 +33,14 @@ pub fn clear(root: &Path, id: &str, bundle: &Path) {
             Err(_) => std::thread::sleep(PAUSE),
         }
     }
+    if let Err(e) = unmount(&bundle.join(CRIU_ROOT)).and_then(|()| fs::remove_dir(bundle.join(CRIU_ROOT)))
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        log::error!("removing {}: {e}", bundle.join(CRIU_ROOT).display());
+    }
     for cgroup in cgroups(bundle) {
-        // refuses by itself when a task is in it
-        if let Err(e) = fs::remove_dir(&cgroup)
+        // a restore by crun has groups of its own in it
+        if let Err(e) = remove_empty(&cgroup)
             && e.kind() != io::ErrorKind::NotFound
         {
             log::warn!("removing {}: {e}", cgroup.display());
@@ -43,15 +48,30 @@ pub fn clear(root: &Path, id: &str, bundle: &Path) {
     }
 }
 
+/// Removes a cgroup and those below it. The kernel refuses by itself where a task is in one.
+fn remove_empty(cgroup: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_empty(&entry.path())?;
+        }
+    }
+    fs::remove_dir(cgroup)
+}
+
+fn unmount(at: &Path) -> io::Result<()> {
+    match umount2(at, MntFlags::MNT_DETACH) {
+        // not a mount point, or not there
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
 fn remove_state(state: &Path) -> io::Result<()> {
     if !state.exists() {
         return Ok(());
     }
-    match umount2(&state.join(CRIU_ROOT), MntFlags::MNT_DETACH) {
-        // not a mount point, or not there
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-        Err(e) => return Err(e.into()),
-    }
+    unmount(&state.join(CRIU_ROOT))?;
     fs::remove_dir_all(state)
 }
 
@@ -109,12 +129,27 @@ mod tests {
         }
     }
 
+    /// Directories stand in for cgroups, a file for a task: what holds one stays.
+    #[test]
+    fn groups_in_groups_are_removed_unless_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = dir.path().join("c1");
+        fs::create_dir_all(group.join(".proxy-crun")).unwrap();
+        remove_empty(&group).unwrap();
+        assert!(!group.exists());
+        fs::create_dir_all(group.join("in-use")).unwrap();
+        fs::write(group.join("in-use/task"), "1").unwrap();
+        assert!(remove_empty(&group).is_err());
+        assert!(group.join("in-use/task").exists());
+    }
+
     #[test]
     fn a_state_directory_without_a_mount_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("c1").join(CRIU_ROOT)).unwrap();
+        fs::create_dir_all(dir.path().join(CRIU_ROOT)).unwrap();
         clear(dir.path(), "c1", dir.path());
-        assert!(!dir.path().join("c1").exists());
+        assert!(!dir.path().join("c1").exists() && !dir.path().join(CRIU_ROOT).exists());
         clear(dir.path(), "c1", dir.path());
     }
 }

@@ -1,11 +1,12 @@
-//! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. No state of ours lives here.
+//! The driver of the OCI runtime (stock runc, or what `BinaryName` names): one method per verb. What differs by runtime is in
+//! [`crate::runtime`]. No state of ours lives here.
 //!
-//! runc writes its own errors as JSON lines into the bundle's `log.json`; what one run has added there is what its error says.
+//! What a run that failed has said is in [`crate::runc_error`].
 
 use std::{
     ffi::OsString,
     fs,
-    io::{Read, Seek, SeekFrom, Write},
+    io::{Seek, SeekFrom, Write},
     os::fd::OwnedFd,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -13,57 +14,23 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
-use serde::Deserialize;
+use anyhow::{Context, Result, anyhow, bail};
+use tokio::sync::OnceCell;
 
 use crate::{
     command::{self, Finished},
     io::ChildStdio,
     options::RuncOptions,
     reaper::Reaper,
+    runc_error::{self, RuncError},
+    runtime::{self, Runtime},
 };
 
 /// Where runc keeps its state, one folder per containerd namespace: the Go shim's default.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
 
-/// A runc run that failed.
-#[derive(Debug, Clone)]
-pub struct RuncError {
-    program: String,
-    status: u32,
-    output: String,
-    /// The last error in what the run added to its log.
-    logged: Option<String>,
-}
-
-impl RuncError {
-    /// The error for a client: `what` and runc's own reason.
-    pub fn explain(&self, what: &str) -> String {
-        match &self.logged {
-            Some(reason) => format!("{what}: {reason}"),
-            None => format!("{what}: {self}"),
-        }
-    }
-
-    /// Whether the reason or the output contains `text` (any case).
-    pub fn mentions(&self, text: &str) -> bool {
-        let text = text.to_lowercase();
-        self.output.to_lowercase().contains(&text)
-            || self.logged.as_ref().is_some_and(|l| l.to_lowercase().contains(&text))
-    }
-}
-
-impl std::fmt::Display for RuncError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} did not terminate successfully: exit status {}", self.program, self.status)?;
-        if !self.output.is_empty() {
-            write!(f, ": {}", self.output)?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for RuncError {}
+/// How long a runtime may take to say its version.
+const VERSION: Duration = Duration::from_secs(10);
 
 /// How `runc create` makes the container.
 #[derive(Debug, Default)]
@@ -146,6 +113,7 @@ pub struct Runc {
     bundle: PathBuf,
     systemd_cgroup: bool,
     reaper: Reaper,
+    runtime: OnceCell<Runtime>,
 }
 
 impl Runc {
@@ -157,6 +125,7 @@ impl Runc {
             bundle: bundle.to_path_buf(),
             systemd_cgroup: options.systemd_cgroup,
             reaper,
+            runtime: OnceCell::new(),
         }
     }
 
@@ -168,6 +137,34 @@ impl Runc {
     /// The runtime's program, as found through PATH.
     pub fn binary(&self) -> &str {
         &self.binary
+    }
+
+    /// Which runtime the program is. It is asked once, and only when a checkpoint or a restore has to know.
+    async fn runtime(&self) -> Result<&Runtime> {
+        let ask = async || {
+            if runtime::named_runc(&self.binary) {
+                return Ok(Runtime::Runc);
+            }
+            let mut c = Command::new(&self.binary);
+            c.arg("--version");
+            let said = command::capture(&self.reaper, c, None, Some(VERSION)).await?;
+            anyhow::Ok(Runtime::from_version(&String::from_utf8_lossy(&said.stdout)))
+        };
+        self.runtime.get_or_try_init(ask).await
+    }
+
+    /// Whether the program is crun. Asks it the first time.
+    pub async fn is_crun(&self) -> Result<bool> {
+        Ok(self.runtime().await?.is_crun())
+    }
+
+    /// The runtime, if it can checkpoint and restore.
+    async fn criu_runtime(&self) -> Result<&Runtime> {
+        let runtime = self.runtime().await?;
+        match runtime.without_criu(&self.binary) {
+            Some(why) => bail!(why),
+            None => Ok(runtime),
+        }
     }
 
     /// Where `create` and `restore` leave the init's pid.
@@ -265,6 +262,7 @@ impl Runc {
 
     /// `runc checkpoint`.
     pub async fn checkpoint(&self, id: &str, args: &CheckpointArgs) -> Result<()> {
+        let crun = self.criu_runtime().await?.is_crun();
         let mut c = self.command("checkpoint");
         c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
         if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
@@ -274,7 +272,7 @@ impl Runc {
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         flag(&mut c, args.leave_running, "--leave-running");
         c.arg(id);
         self.run(c, None).await.map(drop)
@@ -283,30 +281,45 @@ impl Runc {
     /// `runc restore --detach`; `stdio` becomes the container's. The init's pid is then in [`Runc::pid_file`]. Fails when runc still
     /// knows a container of this id.
     pub async fn restore(&self, id: &str, args: &RestoreArgs, stdio: ChildStdio) -> Result<()> {
+        let crun = self.criu_runtime().await?.is_crun();
+        let c = self.restore_command(id, args, crun)?;
+        self.hand_over(c, stdio, args.deadline).await
+    }
+
+    fn restore_command(&self, id: &str, args: &RestoreArgs, crun: bool) -> Result<Command> {
         let mut c = self.command("restore");
         c.arg("--bundle").arg(&self.bundle).arg("--pid-file").arg(self.pid_file());
         c.arg("--image-path").arg(&args.image_path).arg("--work-path").arg(&args.work_dir);
-        if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
-            c.arg("--parent-path").arg(parent);
-        }
         if let Some(socket) = &args.console_socket {
             c.arg("--console-socket").arg(socket);
         }
-        flag(&mut c, args.no_pivot, "--no-pivot");
         flag(&mut c, args.open_tcp, "--tcp-established");
         flag(&mut c, args.external_unix_sockets, "--ext-unix-sk");
         flag(&mut c, args.terminal, "--shell-job");
         flag(&mut c, args.file_locks, "--file-locks");
-        flag(&mut c, args.lazy_pages, "--lazy-pages");
-        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces);
+        criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         if let Some(profile) = &args.lsm_profile {
             c.arg("--lsm-profile").arg(profile);
         }
-        c.args(&args.extra_flags).arg("--detach").arg("--no-subreaper").arg(id);
+        c.args(&args.extra_flags).arg("--detach");
+        if crun {
+            if args.lazy_pages {
+                bail!("crun cannot restore lazily (no --lazy-pages)");
+            }
+            // The images name their parent themselves; pivot_root and subreapers do not concern crun's restore.
+        } else {
+            if let Some(parent) = args.parent_path.as_ref().filter(|p| !p.is_empty()) {
+                c.arg("--parent-path").arg(parent);
+            }
+            flag(&mut c, args.no_pivot, "--no-pivot");
+            flag(&mut c, args.lazy_pages, "--lazy-pages");
+            c.arg("--no-subreaper");
+        }
+        c.arg(id);
         c.envs(args.env.iter().map(|(k, v)| (k, v)));
         // A group of its own, so that the deadline can end runc together with its criu.
         c.process_group(0);
-        self.hand_over(c, stdio, args.deadline).await
+        Ok(c)
     }
 
     fn command(&self, verb: &str) -> Command {
@@ -322,7 +335,7 @@ impl Runc {
     }
 
     async fn run(&self, command: Command, stdin: Option<OwnedFd>) -> Result<Finished> {
-        let log_start = file_size(&self.log());
+        let log_start = runc_error::log_size(&self.log());
         let done = command::capture(&self.reaper, command, stdin, None).await?;
         if done.status == 0 {
             return Ok(done);
@@ -335,7 +348,7 @@ impl Runc {
     }
 
     async fn hand_over(&self, command: Command, stdio: ChildStdio, deadline: Option<Duration>) -> Result<()> {
-        let log_start = file_size(&self.log());
+        let log_start = runc_error::log_size(&self.log());
         match command::hand_over(&self.reaper, command, stdio, deadline).await? {
             0 => Ok(()),
             status => Err(self.error(status, String::new(), log_start)),
@@ -343,8 +356,7 @@ impl Runc {
     }
 
     fn error(&self, status: u32, output: String, log_start: u64) -> anyhow::Error {
-        let logged = last_logged_error(&self.log(), log_start);
-        anyhow!(RuncError { program: self.binary.clone(), status, output, logged })
+        anyhow!(RuncError::new(&self.binary, status, output, &self.log(), log_start))
     }
 }
 
@@ -376,34 +388,17 @@ fn flag(c: &mut Command, on: bool, name: &str) {
     }
 }
 
-fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String]) {
+fn criu_common(c: &mut Command, cgroups_mode: &str, empty_namespaces: &[String], crun: bool) -> Result<()> {
     if !cgroups_mode.is_empty() {
         c.arg("--manage-cgroups-mode").arg(cgroups_mode);
+    }
+    if crun && !empty_namespaces.is_empty() {
+        bail!("crun cannot leave namespaces empty (no --empty-ns)");
     }
     for ns in empty_namespaces {
         c.arg("--empty-ns").arg(ns);
     }
-}
-
-fn file_size(path: &Path) -> u64 {
-    fs::metadata(path).map_or(0, |m| m.len())
-}
-
-/// The last line of level error that was added to runc's log after its first `start` bytes.
-fn last_logged_error(log: &Path, start: u64) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Line {
-        level: String,
-        msg: String,
-    }
-    let mut file = fs::File::open(log).ok()?;
-    file.seek(SeekFrom::Start(start)).ok()?;
-    let mut text = String::new();
-    file.take(1 << 20).read_to_string(&mut text).ok()?;
-    text.lines()
-        .filter_map(|l| serde_json::from_str::<Line>(l).ok())
-        .rfind(|l| l.level == "error" || l.level == "fatal")
-        .map(|l| l.msg.trim().to_string())
+    Ok(())
 }
 
 #[cfg(test)]
@@ -411,29 +406,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_log_tells_the_reason_of_this_run_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("log.json");
-        let old = "{\"level\":\"error\",\"msg\":\"old\",\"time\":\"t\"}\n";
-        fs::write(&log, old).unwrap();
-        assert_eq!(last_logged_error(&log, old.len() as u64), None);
-        let new = format!(
-            "{old}{{\"level\":\"warning\",\"msg\":\"w\"}}\n{{\"level\":\"error\",\"msg\":\" new \"}}\n"
+    fn a_restore_has_the_flags_that_the_runtime_knows() {
+        let runc = Runc::new(&RuncOptions::default(), Path::new("/b"), "ns", Reaper::default());
+        let args = RestoreArgs {
+            no_pivot: true,
+            parent_path: Some("../p".into()),
+            open_tcp: true,
+            cgroups_mode: "ignore".into(),
+            ..Default::default()
+        };
+        let line = |args: &RestoreArgs, crun| {
+            let c = runc.restore_command("c1", args, crun)?;
+            let words: Vec<_> = c.get_args().map(|a| a.to_string_lossy().into_owned()).collect();
+            anyhow::Ok(words.join(" "))
+        };
+        let (of_runc, of_crun) = (line(&args, false).unwrap(), line(&args, true).unwrap());
+        assert!(
+            of_runc.ends_with("--tcp-established --manage-cgroups-mode ignore --detach --parent-path ../p --no-pivot --no-subreaper c1"),
+            "{of_runc}"
         );
-        fs::write(&log, new).unwrap();
-        assert_eq!(last_logged_error(&log, old.len() as u64).as_deref(), Some("new"));
-    }
-
-    #[test]
-    fn an_error_prefers_runcs_own_reason() {
-        let mut e = RuncError { program: "runc".into(), status: 1, output: "boom".into(), logged: None };
-        assert_eq!(
-            e.explain("OCI runtime create failed"),
-            "OCI runtime create failed: runc did not terminate successfully: exit status 1: boom"
-        );
-        e.logged = Some("no such file".into());
-        assert_eq!(e.explain("OCI runtime create failed"), "OCI runtime create failed: no such file");
-        assert!(e.mentions("BOOM") && e.mentions("no such"));
+        assert!(of_crun.ends_with("--tcp-established --manage-cgroups-mode ignore --detach c1"), "{of_crun}");
+        for wrong in [
+            RestoreArgs { lazy_pages: true, ..Default::default() },
+            RestoreArgs { empty_namespaces: vec!["network".into()], ..Default::default() },
+        ] {
+            assert!(line(&wrong, true).is_err() && line(&wrong, false).is_ok());
+        }
     }
 
     #[test]

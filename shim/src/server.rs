@@ -27,15 +27,20 @@ use tokio::{
 };
 
 use crate::{
-    bootstrap::LISTEN_FD, container::Shared, events::Publisher, hooks::Hooks, reaper::Reaper,
+    bootstrap::LISTEN_FD, container::Shared, descriptors, events::Publisher, hooks::Hooks, reaper::Reaper,
     service::Service,
 };
 
-/// Time for the answer to a Shutdown call to leave before the process ends.
-const LAST_WORDS: Duration = Duration::from_millis(10);
+/// Time for the answer to a Shutdown call to leave before the process ends. The tasks that write it are ready by then and come first; a
+/// client that deletes a container waits for our end.
+const LAST_WORDS: Duration = Duration::from_millis(1);
 
-/// Time for the last events to reach containerd before the process ends.
-const LAST_EVENTS: Duration = Duration::from_secs(2);
+/// Time for the last events to reach containerd before the process ends. containerd asks for the end while it starts itself, of shims
+/// whose containers have ended meanwhile, and takes events only when it has started.
+const LAST_EVENTS: Duration = Duration::from_secs(10);
+
+/// The same when it is a signal that ends the process: the machine goes down, or somebody wants to be rid of it.
+const LAST_EVENTS_KILLED: Duration = Duration::from_secs(2);
 
 /// Stack of a helper thread, in bytes.
 const HELPER_STACK: usize = 512 << 10;
@@ -63,6 +68,7 @@ pub fn run(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 
 async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
     open_log(flags.debug)?;
+    descriptors::raise();
     nix::sys::prctl::set_child_subreaper(true).context("become a child subreaper")?;
     let listener = inherited_listener()?;
     let socket = listener.local_addr().ok().and_then(|a| a.as_pathname().map(ToOwned::to_owned));
@@ -86,16 +92,16 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 
     let mut term = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
-    tokio::select! {
-        () = service.wait_shutdown() => {}
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
+    let patience = tokio::select! {
+        () = service.wait_shutdown() => LAST_EVENTS,
+        _ = term.recv() => LAST_EVENTS_KILLED,
+        _ = int.recv() => LAST_EVENTS_KILLED,
+    };
     if let Some(socket) = socket {
         let _ = std::fs::remove_file(socket);
     }
+    events.flush(patience).await;
     tokio::time::sleep(LAST_WORDS).await;
-    events.flush(LAST_EVENTS).await;
     // Whatever still runs (waiters, copies to nobody) must not keep the process.
     std::process::exit(0)
 }
@@ -103,7 +109,7 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
 /// The Task service under both names that containerd knows it by. The crate generates only `containerd.task.v3.Task`;
 /// `containerd.task.v2.Task` of containerd 1.x has the same methods and the same messages, so the generated table is
 /// registered a second time under that name.
-fn services(service: Arc<dyn Task + Send + Sync>) -> Vec<(String, Methods)> {
+pub(crate) fn services(service: Arc<dyn Task + Send + Sync>) -> Vec<(String, Methods)> {
     let v3 = create_task(service.clone()).into_values();
     let v2 = create_task(service).into_values();
     let names = |name: &'static str, tables| Iterator::zip(std::iter::repeat(name.to_string()), tables);

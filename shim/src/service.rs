@@ -4,7 +4,7 @@
 //! what remains, so every call that changes something runs as a task of its own, which goes on to its end.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -34,12 +34,33 @@ use crate::{
 #[derive(Clone)]
 pub struct Service {
     containers: Arc<Mutex<HashMap<String, Arc<Container>>>>,
+    /// Ids of the Creates that are in progress.
+    creating: Arc<Mutex<HashSet<String>>>,
     shared: Shared,
     hooks: Arc<dyn Hooks>,
     shutdown: Arc<watch::Sender<bool>>,
 }
 
 type Reply<T> = ttrpc::Result<T>;
+
+/// Holds an id while its container is being created.
+struct Creating {
+    ids: Arc<Mutex<HashSet<String>>>,
+    id: String,
+}
+
+impl Creating {
+    fn begin(ids: &Arc<Mutex<HashSet<String>>>, id: &str) -> Option<Self> {
+        let new = ids.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+        new.then(|| Self { ids: ids.clone(), id: id.to_owned() })
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
 
 /// Runs `work` to its end, whatever becomes of the caller.
 async fn to_the_end<T: Send + 'static>(
@@ -53,7 +74,13 @@ async fn to_the_end<T: Send + 'static>(
 impl Service {
     /// A service without containers.
     pub fn new(shared: Shared, hooks: Arc<dyn Hooks>) -> Self {
-        Self { containers: Arc::default(), shared, hooks, shutdown: Arc::new(watch::Sender::new(false)) }
+        Self {
+            containers: Arc::default(),
+            creating: Arc::default(),
+            shared,
+            hooks,
+            shutdown: Arc::new(watch::Sender::new(false)),
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
@@ -76,8 +103,11 @@ impl Service {
     }
 
     async fn create_container(self, request: api::CreateTaskRequest) -> TaskResult<u32> {
+        let taken = || TaskError::already_exists(format!("container {}", request.id));
+        // Two at once would run two runcs on one bundle.
+        let _creating = Creating::begin(&self.creating, &request.id).ok_or_else(taken)?;
         if self.table().contains_key(&request.id) {
-            return Err(TaskError::already_exists(format!("container {}", request.id)));
+            return Err(taken());
         }
         let marker = transship::control::incoming_marker(&self.shared.namespace, &request.id);
         let marker = marker.exists().then_some(marker);
@@ -276,8 +306,9 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Reply<api::Empty> {
-        // A pod's shim goes on while it has containers.
-        if self.table().is_empty() {
+        // A pod's shim goes on while it has containers, or is about to.
+        let idle = self.creating.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        if idle && self.table().is_empty() {
             self.request_shutdown();
         }
         Ok(empty())

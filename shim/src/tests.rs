@@ -38,8 +38,8 @@ use crate::{
     state::State,
 };
 
-/// Takes runc's command lines: notes the verb and its last arguments in `calls`, fails as the file `fail-VERB` says, hands out
-/// the pids that lie in `next-pid`, and signals for real.
+/// Takes runc's command lines: notes the verb and its last arguments in `calls`, fails as the file `fail-VERB` says, takes its time if
+/// there is a file `slow-VERB`, hands out the pids that lie in `next-pid`, and signals for real.
 const FAKE_RUNC: &str = r#"#!/bin/sh
 D=$(dirname "$0"); LOG=
 while :; do case $1 in --root|--log-format) shift 2;; --log) LOG=$2; shift 2;; --*) shift;; *) break;; esac; done
@@ -51,6 +51,7 @@ if [ -e $D/fail-$V ]; then
   echo "{\"level\":\"error\",\"msg\":\"$(cat $D/fail-$V)\"}" >> $LOG; cat $D/fail-$V >&2; exit 1
 fi
 take() { head -n1 $D/next-pid > $PIDFILE.n; sed -i 1d $D/next-pid; mv $PIDFILE.n $PIDFILE; }
+[ ! -e $D/slow-$V ] || sleep 0.5
 case $V in
 create|restore) take; cp $PIDFILE $IDFILE;;
 exec) take;;
@@ -74,15 +75,15 @@ impl Events for Daemon {
 }
 
 /// A service, its fake runc and its fake containerd.
-struct Bed {
+pub(crate) struct Bed {
     dir: tempfile::TempDir,
-    service: Service,
+    pub(crate) service: Service,
     shared: Shared,
     events: mpsc::UnboundedReceiver<Envelope>,
     _daemon: Server,
 }
 
-fn call() -> TtrpcContext {
+pub(crate) fn call() -> TtrpcContext {
     TtrpcContext {
         mh: Default::default(),
         metadata: Default::default(),
@@ -106,7 +107,7 @@ fn text<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> String {
 }
 
 impl Bed {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runc = dir.path().join("runc");
         fs::write(&runc, FAKE_RUNC).unwrap();
@@ -130,7 +131,7 @@ impl Bed {
         Self { dir, service, shared, events, _daemon: daemon }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -139,7 +140,7 @@ impl Bed {
     }
 
     /// Starts a process for the next create, restore or exec to find.
-    fn prepare_process(&self, script: &str) -> u32 {
+    pub(crate) fn prepare_process(&self, script: &str) -> u32 {
         #[expect(clippy::zombie_processes, reason = "the reaper under test waits for it")]
         let child = Command::new("sh").args(["-c", script]).stdin(Stdio::null()).spawn().unwrap();
         let old = fs::read_to_string(self.path("next-pid")).unwrap();
@@ -147,7 +148,7 @@ impl Bed {
         child.id()
     }
 
-    fn request(&self) -> api::CreateTaskRequest {
+    pub(crate) fn request(&self) -> api::CreateTaskRequest {
         let options = Options { binary_name: self.path("runc").display().to_string(), ..Default::default() };
         api::CreateTaskRequest {
             id: "c1".into(),
@@ -161,7 +162,7 @@ impl Bed {
         }
     }
 
-    async fn create(&self) -> u32 {
+    pub(crate) async fn create(&self) -> u32 {
         self.prepare_process("sleep 60");
         self.service.create(&call(), self.request()).await.unwrap().pid
     }
@@ -199,13 +200,13 @@ impl Bed {
         self.service.exec(&call(), r).await
     }
 
-    async fn state(&self) -> api::StateResponse {
+    pub(crate) async fn state(&self) -> api::StateResponse {
         let r = api::StateRequest { id: "c1".into(), ..Default::default() };
         self.service.state(&call(), r).await.unwrap()
     }
 
     /// The next `n` events: their topics, exits with the id of what ended.
-    async fn events(&mut self, n: usize) -> Vec<String> {
+    pub(crate) async fn events(&mut self, n: usize) -> Vec<String> {
         let mut seen = Vec::new();
         while seen.len() < n {
             let next = timeout(Duration::from_secs(10), self.events.recv()).await;

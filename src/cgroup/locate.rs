@@ -94,7 +94,7 @@ pub(crate) fn freezer_dir(
     Some((Kind::V2, dir))
 }
 
-fn under(mount: &CgroupMount, path: &str) -> Option<PathBuf> {
+pub(super) fn under(mount: &CgroupMount, path: &str) -> Option<PathBuf> {
     // A path that climbs is outside of what the mount shows, unless the mount's root climbs the same way.
     let inside = Path::new(path).strip_prefix(&mount.root).ok()?;
     let clean = inside

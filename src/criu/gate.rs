@@ -22,11 +22,15 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{MsgFlags, recv};
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup;
+
 pub(super) const CRIU: &str = "criu";
 pub(super) const ACTION: &str = "action";
 pub(super) const SOCKET: &str = "sock";
 pub(super) const REAL_CRIU: &str = "real-criu";
 pub(super) const ANSWER: &str = "answer";
+/// A cgroup that CRIU has to be put into, if there is this file; see [`super::gate_server::enter_cgroup`].
+pub(super) const CGROUP: &str = "cgroup";
 
 /// Where a restore is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +128,10 @@ fn criu(dir: &Path) -> Result<ExitCode> {
         let answer = ask(dir, At::Restore)?;
         if !answer.go {
             return Ok(ExitCode::FAILURE);
+        }
+        if let Ok(path) = std::fs::read_to_string(dir.join(CGROUP)) {
+            let made = cgroup::made_by_crun(nix::unistd::getppid().as_raw());
+            cgroup::enter(made.as_deref().unwrap_or(&path)).context("entering the container's cgroup")?;
         }
         if let Some(netns) = answer.netns {
             let fd = std::fs::File::open(&netns).with_context(|| format!("opening {}", netns.display()))?;

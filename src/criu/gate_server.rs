@@ -22,7 +22,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::gate::{ACTION, ANSWER, At, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
+use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
+use super::options::MASKED_FILE;
 
 /// Name of the gate's directory in the bundle.
 pub const DIR: &str = "gate";
@@ -30,6 +31,13 @@ pub const DIR: &str = "gate";
 pub const CRIU_CONF: &str = "criu.conf";
 /// The annotation by which runc finds the configuration.
 pub const CRIU_CONF_ANNOTATION: &str = "org.criu.config";
+
+/// Has CRIU enter a cgroup before it restores, so that tasks whose images name no cgroups are born in it. runc does that itself;
+/// crun does not. `gates` is [`GateServer::dir`]; `path` is the spec's `cgroupsPath`, which counts where crun does not show another.
+pub fn enter_cgroup(gates: &Path, path: &str) -> Result<()> {
+    let file = gates.join(CGROUP);
+    fs::write(&file, path).with_context(|| format!("writing {}", file.display()))
+}
 
 /// Until when to wait, and what ends the waiting early.
 pub struct Wait<'a> {
@@ -85,8 +93,11 @@ impl GateServer {
             Ok(())
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
-        // CRIU splits values at white space: quote.
-        let conf = format!("{conf}\naction-script \"{}\"\n", dir.join(ACTION).display());
+        // CRIU splits values at white space: quote. Our dumps name masked files as runc's do; crun's restore names them by their paths.
+        let conf = format!(
+            "{conf}\naction-script \"{}\"\nexternal mnt[{MASKED_FILE}]:{MASKED_FILE}\n",
+            dir.join(ACTION).display()
+        );
         write_conf(&dir, &conf)?;
         // Bundle paths may be longer than a socket's address: the directory is named by a descriptor.
         let at = fs::File::open(&dir).with_context(|| format!("opening {}", dir.display()))?;

@@ -22,6 +22,9 @@ pub const EXT_NETNS: &str = "extRootNetNS";
 /// The key under which runc's restore passes the pid namespace.
 pub const EXT_PIDNS: &str = "extRootPidNS";
 
+/// What masked files are bind mounts of, and by which name the images know them all.
+pub const MASKED_FILE: &str = "/dev/null";
+
 /// Character devices that runc puts into every container besides those of the spec.
 const DEFAULT_DEVICES: [&str; 6] =
     ["/dev/null", "/dev/random", "/dev/full", "/dev/tty", "/dev/zero", "/dev/urandom"];
@@ -63,6 +66,8 @@ pub struct Facts {
     pub v1_hierarchies: Vec<String>,
     /// Those of the spec's masked paths that are files in the container.
     pub masked_files: Vec<String>,
+    /// Those that are directories under a bind mount: crun's; runc mounts a tmpfs of its own over each.
+    pub masked_binds: Vec<String>,
     /// Mount destinations and device paths whose place differs because of symbolic links in the root file system.
     pub resolved: BTreeMap<String, String>,
 }
@@ -90,6 +95,10 @@ impl Facts {
                 std::fs::metadata(there).is_ok_and(|m| !m.is_dir())
             };
             facts.masked_files = paths.iter().filter(is_file).cloned().collect();
+            let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))
+                .with_context(|| format!("reading the mounts of {pid}"))?;
+            let is_bind = |p: &&String| !facts.masked_files.contains(p) && is_bind_of_directory(&mounts, p);
+            facts.masked_binds = paths.iter().filter(is_bind).cloned().collect();
         }
         for path in external_paths(spec, &facts.v1_hierarchies) {
             let place = resolve_in_root(rootfs, &path);
@@ -99,6 +108,16 @@ impl Facts {
         }
         Ok(facts)
     }
+}
+
+/// Whether the last mount at `path` in this mountinfo shows less than a whole file system, as a bind mount does.
+fn is_bind_of_directory(mountinfo: &str, path: &str) -> bool {
+    let mut roots = mountinfo.lines().filter_map(|line| {
+        let mut words = line.split(' ').skip(3);
+        let (root, at) = (words.next()?, words.next()?);
+        (at == path).then_some(root)
+    });
+    roots.next_back().is_some_and(|root| root != "/")
 }
 
 /// The namespace of this kind in the spec: absent, new (`Some(None)`) or by path.
@@ -136,6 +155,21 @@ fn external_paths(spec: &Spec, v1_hierarchies: &[String]) -> Vec<String> {
     paths
 }
 
+/// Whether a dump of ours has no paths of cgroups in its images (see `cgroup_image`): the tasks then inherit the cgroups of the restoring
+/// CRIU, which runc has put into the container's; that works with `runc restore`'s default mode, the only one of runc 1.1. Not with
+/// a private cgroup namespace, which CRIU 4.2 loses when it ignores cgroups (runc #5417); runc passes the new root on restore.
+pub fn leaves_cgroups_out(spec: &Spec) -> bool {
+    !matches!(namespace(spec, LinuxNamespaceType::Cgroup), Some(None))
+}
+
+/// The cgroup of a container whose tasks must be put there by the restorer, because the dump has left it out; from its bundle.
+pub fn cgroup_left_out(bundle: &Path) -> Result<Option<String>> {
+    let config = bundle.join("config.json");
+    let spec = Spec::load(&config).with_context(|| format!("reading {}", config.display()))?;
+    let path = spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref());
+    Ok(path.filter(|_| leaves_cgroups_out(&spec)).map(|p| p.to_string_lossy().into_owned()))
+}
+
 /// The options of a DUMP. Directories, page server and notifications are [`super::dump`]'s.
 pub fn dump_options(spec: &Spec, facts: &Facts, limits: &Limits) -> Result<CriuOpts> {
     let text =
@@ -148,18 +182,14 @@ pub fn dump_options(spec: &Spec, facts: &Facts, limits: &Limits) -> Result<CriuO
     let mut ext_mnt: Vec<ExtMount> =
         external_paths(spec, &facts.v1_hierarchies).into_iter().map(same).collect();
     // All masked files are the same mount on a restore: /dev/null.
-    ext_mnt.extend(facts.masked_files.iter().map(|p| ExtMount { key: p.clone(), val: "/dev/null".into() }));
+    ext_mnt.extend(facts.masked_files.iter().map(|p| ExtMount { key: p.clone(), val: MASKED_FILE.into() }));
+    // crun's restore has an empty directory for each.
+    ext_mnt.extend(facts.masked_binds.iter().cloned().map(same));
 
     let mut external = vec![format!("net[{}]:{EXT_NETNS}", facts.netns)];
     external.extend(facts.pidns.map(|ino| format!("pid[{ino}]:{EXT_PIDNS}")));
 
-    let cgroups = match namespace(spec, LinuxNamespaceType::Cgroup) {
-        // CRIU 4.2 loses a private cgroup namespace when it ignores cgroups (runc #5417); runc passes the new root on restore.
-        Some(None) => CgMode::Soft,
-        // No paths of cgroups in the images (see `cgroup_image`): the tasks inherit the cgroups of the restoring CRIU, which runc has put
-        // into the container's. Works with `runc restore`'s default mode, the only one of runc 1.1.
-        _ => CgMode::Ignore,
-    };
+    let cgroups = if leaves_cgroups_out(spec) { CgMode::Ignore } else { CgMode::Soft };
     Ok(CriuOpts {
         pid: Some(facts.pid),
         root: Some(text(&facts.rootfs)?),
@@ -290,6 +320,19 @@ mod tests {
                 ("/proc/kcore", "/dev/null"),
             ]
         );
+    }
+
+    #[test]
+    fn directories_that_crun_masks_are_external_too() {
+        let info = "206 205 0:75 / /proc rw - proc proc rw\n\
+                    222 206 254:0 /run/r/.empty-directory /proc/acpi ro - ext4 /dev/vda rw\n\
+                    225 206 0:80 / /sys/firmware ro - tmpfs tmpfs ro\n";
+        assert!(is_bind_of_directory(info, "/proc/acpi"));
+        assert!(!is_bind_of_directory(info, "/sys/firmware"), "runc's");
+        assert!(!is_bind_of_directory(info, "/proc/scsi"), "none");
+        let facts = Facts { masked_binds: vec!["/proc/acpi".into()], ..facts() };
+        let o = dump_options(&spec(""), &facts, &Limits::default()).unwrap();
+        assert_eq!(mounts(&o).last(), Some(&("/proc/acpi", "/proc/acpi")));
     }
 
     #[test]

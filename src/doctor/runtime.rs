@@ -12,6 +12,8 @@ pub struct Program {
     pub path: PathBuf,
     /// The first line of `--version`.
     pub version: String,
+    /// That text has the word `+CRIU`, by which crun says that it was built with it.
+    pub criu: bool,
 }
 
 /// What [`gather`] saw.
@@ -42,11 +44,12 @@ fn executable(path: &Path) -> bool {
 
 fn find(name: &str, path: &str) -> Option<Program> {
     let path = on_path(name, path)?;
-    let version = match Command::new(&path).arg("--version").output() {
-        Ok(out) => String::from_utf8_lossy(&out.stdout).lines().next().unwrap_or_default().to_string(),
+    let text = match Command::new(&path).arg("--version").output() {
+        Ok(out) => String::from_utf8_lossy(&out.stdout).into_owned(),
         Err(e) => format!("does not run: {e}"),
     };
-    Some(Program { path, version })
+    let version = text.lines().next().unwrap_or_default().to_owned();
+    Some(Program { path, version, criu: text.split_whitespace().any(|word| word == "+CRIU") })
 }
 
 /// The rules; the versions are those of `notes/runtimes.md`.
@@ -80,7 +83,11 @@ pub fn verdict(facts: &Facts, cgroup_v1: bool) -> Vec<Finding> {
     if let Some(p) = &facts.crun {
         let found = format!("{} ({})", p.version, p.path.display());
         out.push(if cgroup_v1 {
-            Finding::warn("crun", found, "crun refuses cgroup v1: containers here have to use runc")
+            let why = "crun refuses cgroup v1 beside a v2 hierarchy with controllers: where there is one, containers have to use runc";
+            Finding::warn("crun", found, why)
+        } else if !p.criu {
+            let why = "built without CRIU (no +CRIU in `crun --version`): its containers can be neither checkpointed nor moved";
+            Finding::warn("crun", found, why)
         } else {
             Finding::ok("crun", found)
         });
@@ -94,7 +101,7 @@ mod tests {
     use crate::doctor::Level;
 
     fn level(version: &str) -> Level {
-        let runc = Some(Program { path: "/x/runc".into(), version: version.into() });
+        let runc = Some(Program { path: "/x/runc".into(), version: version.into(), criu: false });
         verdict(&Facts { runc, crun: None }, true)[0].level
     }
 
@@ -116,5 +123,16 @@ mod tests {
         let path = format!(":/nonexistent:{}", dir.path().display());
         assert_eq!(on_path("runc", &path), None);
         assert!(on_path("sh", "/nonexistent:/bin").is_some());
+    }
+
+    #[test]
+    fn crun_needs_v2_and_criu() {
+        let level = |criu, v1| {
+            let crun = Program { path: "/x/crun".into(), version: "crun version 1.28".into(), criu };
+            verdict(&Facts { runc: None, crun: Some(crun) }, v1)[1].level
+        };
+        assert_eq!(level(true, false), Level::Ok);
+        assert_eq!(level(false, false), Level::Warn);
+        assert_eq!(level(true, true), Level::Warn);
     }
 }

@@ -7,12 +7,14 @@
 //! | `container.rs` | containers, pods and images through ctr |
 //! | `client.rs` | the redis client outside of the nodes |
 //! | `live.rs` | a container whose processes check their memory, moves in all modes, what trackers leave behind |
+//! | `many.rs` | containers without ctr, many at once |
 //! | `manifest.rs` | what a directory tree holds, to be compared later |
 //! | `moves.rs` | migrations through the command line |
 //! | `output.rs` | what a container that moves has written, on either node |
 //! | `trouble.rs` | a container that must not notice, the shape of errors, faults |
 //! | `transship.rs` | the command `transship`, with --json |
 //! | `service.rs` | containerd's Task service |
+//! | `shims.rs` | the shim's process: which it is, what it holds |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
 //! | `scenarios/` | the scenarios, one subject per file |
@@ -25,11 +27,13 @@ mod client;
 mod container;
 mod live;
 mod manifest;
+mod many;
 mod moves;
 mod output;
 mod requirements;
 mod scenarios;
 mod service;
+mod shims;
 mod traffic;
 mod transship;
 mod trouble;

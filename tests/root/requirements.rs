@@ -18,6 +18,11 @@ pub fn runtime() -> String {
     std::env::var("TRANSSHIP_TEST_RUNTIME").unwrap_or_else(|_| OURS.to_owned())
 }
 
+/// Whether that is ours: for the few things that runc's shim does worse.
+pub fn ours() -> bool {
+    runtime() == OURS
+}
+
 const OURS: &str = "io.containerd.transship.v2";
 
 /// Where our programs were built: beside the `transship` that cargo made for this test.
@@ -26,7 +31,8 @@ pub fn bin_dir() -> PathBuf {
     std::env::var_os("TRANSSHIP_BIN_DIR").map(PathBuf::from).or_else(beside).unwrap_or_default()
 }
 
-fn opt() -> PathBuf {
+/// Where `hack/setup` unpacks programs.
+pub fn opt() -> PathBuf {
     std::env::var_os("TRANSSHIP_OPT").map_or_else(|| "/opt/transship".into(), PathBuf::from)
 }
 

@@ -26,7 +26,8 @@ use crate::{
     container::{Container, Origin},
     io::{Carry, ProcessIo, StdioKinds},
     reaper::Mark,
-    runc::{RestoreArgs, RuncError, read_pid},
+    runc::{RestoreArgs, read_pid},
+    runc_error::RuncError,
     stdio::Opened,
 };
 
@@ -91,6 +92,12 @@ impl DestinationTask for Arriving {
         let mut path = OsString::from(path_first);
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
+        let c = &self.container;
+        if let Some(cgroup) = criu::options::cgroup_left_out(&c.bundle)?
+            && c.shared.runtime.block_on(c.runc.is_crun())?
+        {
+            criu::gate_server::enter_cgroup(path_first, &cgroup)?;
+        }
         let opened = self.opened.take().context("no stdio was made")?;
         let args = RestoreArgs {
             image_path: images.to_owned(),

@@ -1,5 +1,5 @@
-//! The Task API through ctr, where it is easy to differ from runc's shim: a restart of containerd, a shim that is killed, limits,
-//! signals, terminals. All of it holds for runc's shim too. Call by call the two are compared in `tests/compare`.
+//! The Task API through ctr, where it is easy to differ from runc's shim: limits, signals, terminals. All of it holds for runc's shim
+//! too. Call by call the two are compared in `tests/compare`.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,8 +18,6 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "ctr_update", needs: Needs::Shim, run: update },
     Scenario { name: "ctr_exec_id_in_use", needs: Needs::Shim, run: exec_id_in_use },
     Scenario { name: "ctr_terminal_size", needs: Needs::Shim, run: terminal_size },
-    Scenario { name: "ctr_containerd_restarts", needs: Needs::Shim, run: containerd_restarts },
-    Scenario { name: "ctr_shim_killed", needs: Needs::Shim, run: shim_killed },
 ];
 
 fn signals(bed: &Bed) -> Result<()> {
@@ -92,62 +90,4 @@ fn terminal_size(bed: &Bed) -> Result<()> {
     let text = bed.ok(Node::A, &["script", "-qec", &outer, "/dev/null"])?;
     ensure!(text.contains("31 97") && text.contains("17 55"), "{text}");
     Ok(())
-}
-
-/// Stops and starts containerd as a package upgrade would.
-const RESTART: &str = r#"
-p=$(pgrep -x containerd)
-kill $p
-for i in $(seq 200); do [ -d /proc/$p ] && ! grep -q '^State:.Z' /proc/$p/status || break; sleep 0.02; done
-DURING
-setsid containerd > /run/containerd-again.log 2>&1 < /dev/null &
-for i in $(seq 200); do ctr version > /dev/null 2>&1 && exit 0; sleep 0.05; done
-tail -20 /run/containerd-again.log; exit 1
-"#;
-
-fn containerd_restarts(bed: &Bed) -> Result<()> {
-    let counter = Run::new(bed, "t1", "probe").log()?;
-    counter.args(&["ts-probe", "count", "--every", "10"]).start(Node::A)?;
-    let trap = "trap 'exit 9' USR1; while :; do sleep 0.05; done";
-    Run::new(bed, "t2", "busybox").options(&["--null-io"]).args(&["sh", "-c", trap]).start(Node::A)?;
-    Run::new(bed, "t3", "busybox").options(&["--null-io"]).args(&["sleep", "1"]).start(Node::A)?;
-    container::wait_log(bed, "t1", "out 3\n")?;
-    let pids = [container::pid(bed, Node::A, "t1")?, container::pid(bed, Node::A, "t2")?];
-    // t3 ends while there is no containerd
-    bed.sh(Node::A, &RESTART.replace("DURING", "sleep 1.2"))?;
-    let after = [container::pid(bed, Node::A, "t1")?, container::pid(bed, Node::A, "t2")?];
-    ensure!(after == pids, "{pids:?} became {after:?}");
-    let lines = container::log(bed, "t1")?.lines().count();
-    container::wait_log(bed, "t1", &format!("out {}\n", lines + 3)).context("its output stopped")?;
-    let output = container::exec(bed, Node::A, "t2", &["echo", "hello"])?;
-    ensure!(output.stdout == b"hello\n", "{output:?}");
-    bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "USR1", "t2"])?;
-    container::wait_status(bed, Node::A, "t2", "STOPPED")?;
-    let end = bed.run(Node::A, &["ctr", "task", "rm", "t2"])?;
-    ensure!(String::from_utf8_lossy(&end.stderr).contains("exit code 9"), "its exit was lost: {end:?}");
-    bed.ok(Node::A, &["ctr", "c", "rm", "t2"])?;
-    // containerd itself removes a task that it finds without a process
-    wait_for(Duration::from_secs(5), "t3 is seen to have ended", || {
-        Ok(container::status(bed, Node::A, "t3")?.is_none_or(|s| s == "STOPPED"))
-    })?;
-    container::delete(bed, Node::A, "t3")?;
-    container::delete(bed, Node::A, "t1")
-}
-
-fn shim_killed(bed: &Bed) -> Result<()> {
-    Run::new(bed, "t1", "busybox").options(&["--null-io"]).args(&["sleep", "1000"]).start(Node::A)?;
-    bed.sh(Node::A, "kill -9 $(pgrep -f 'containerd-shim-[^ ]* .*-id [t]1')")?;
-    wait_for(Duration::from_secs(10), "containerd to notice", || {
-        let state = container::status(bed, Node::A, "t1")?;
-        Ok(state.is_none_or(|s| s == "STOPPED" || s == "UNKNOWN"))
-    })?;
-    wait_for(Duration::from_secs(10), "the container's end", || {
-        Ok(bed.run(Node::A, &["pgrep", "-x", "sleep", "-f", "sleep 1000"])?.stdout.is_empty())
-    })?;
-    // a new life under the same name
-    let _ = bed.run(Node::A, &["ctr", "task", "rm", "--force", "t1"])?;
-    bed.ok(Node::A, &["ctr", "task", "start", "-d", "--null-io", "t1"])?;
-    let output = container::exec(bed, Node::A, "t1", &["echo", "hello"])?;
-    ensure!(output.stdout == b"hello\n", "{output:?}");
-    container::delete(bed, Node::A, "t1")
 }

@@ -3,6 +3,7 @@
 mod checkpoint_errors;
 mod checkpoint_file;
 mod cli_ps;
+mod crun;
 mod ctr_checkpoint;
 mod ctr_pod;
 mod ctr_tasks;
@@ -22,6 +23,11 @@ mod move_processes;
 mod moving;
 mod net_config;
 mod net_connections;
+mod robust_dump;
+mod robust_kills;
+mod robust_many;
+mod robust_output;
+mod robust_restart;
 mod stdio_attached;
 mod stdio_moves;
 mod tasks;
@@ -40,6 +46,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         checkpoint_errors::ALL,
         checkpoint_file::ALL,
         cli_ps::ALL,
+        crun::ALL,
         ctr_checkpoint::ALL,
         ctr_pod::ALL,
         ctr_tasks::ALL,
@@ -59,6 +66,11 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         moving::ALL,
         net_config::ALL,
         net_connections::ALL,
+        robust_dump::ALL,
+        robust_kills::ALL,
+        robust_many::ALL,
+        robust_output::ALL,
+        robust_restart::ALL,
         stdio_attached::ALL,
         stdio_moves::ALL,
         tasks::ALL,

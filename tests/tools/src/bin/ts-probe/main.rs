@@ -52,6 +52,7 @@ const HELP: &str = "ts-probe WORKLOAD [--every MS]   (pace of rounds, default 20
                              [--copies N] [--mb N] [--threads N] [--rate MB/S] [--dir DIR]
   ask verify                 have `mutate` in this container check everything now; ask spoil NAME: a worker changes a byte
   names DIR                  open files that are renamed, deleted, replaced, one of two names deleted
+  pour MB                    stdout as fast as it is taken, in blocks of 4096 bytes: its number in 8, the rest is the number's last byte
   patient                    stdin is read from the first USR1 on; lines come back as `in LINE`
   io-uring                   hold an io_uring
   udp-echo PORT              datagrams go back to their sender
@@ -91,6 +92,7 @@ fn run() -> Result<(), String> {
         "locks" => locks::run(&mut args),
         "mapped" => mapped::run(&mut args),
         "names" => names::run(&mut args),
+        "pour" => streams::pour(&mut args),
         "patient" => streams::patient(&args),
         "memory" => memory::run(&mut args),
         "mutate" => mutate::run(&mut args),

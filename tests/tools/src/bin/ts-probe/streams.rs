@@ -1,6 +1,8 @@
 //! Standard streams under load: lines as fast as they are taken, and a stdin that is read only when asked.
 
+use std::fs::File;
 use std::io::{BufRead, Write};
+use std::os::fd::AsFd;
 
 use transship_testtools::{args::Args, signals};
 
@@ -20,6 +22,28 @@ pub fn flood(args: &Args) -> Result<(), String> {
         let letters: String =
             n.to_string().bytes().map(|b| char::from(b - b'0' + b'a')).chain([';']).collect();
         err.write_all(letters.as_bytes()).map_err(|e| format!("stderr: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Bytes of one block of [`pour`].
+const BLOCK: usize = 4096;
+
+/// Numbered blocks on stdout, 16 a write; ends after so many megabytes, or at TERM.
+pub fn pour(args: &mut Args) -> Result<(), String> {
+    let blocks = args.number("MB")? * 256;
+    // not through std's line buffer
+    let out = std::io::stdout().as_fd().try_clone_to_owned().map_err(|e| format!("stdout: {e}"))?;
+    let mut out = File::from(out);
+    let mut buffer = vec![0; 16 * BLOCK];
+    let mut next = 0;
+    while next < blocks && signals::stops() == 0 {
+        for block in buffer.chunks_mut(BLOCK) {
+            block.fill(next.to_le_bytes()[0]);
+            block[..8].copy_from_slice(&next.to_le_bytes());
+            next += 1;
+        }
+        out.write_all(&buffer).map_err(|e| format!("stdout: {e}"))?;
     }
     Ok(())
 }
