@@ -40,8 +40,8 @@ debs_unpack() {
   done
 }
 
-# debs_programs ROOT PROGRAM...: puts the programs into ROOT/bin. runc, crun and criu get ROOT's own ld.so and libraries, so
-# that they run whatever libc the machine has. Patched, not wrapped: runc executes /proc/self/exe again.
+# debs_programs ROOT PROGRAM...: puts the programs into ROOT/bin. runc, crun, criu and checkpointctl get ROOT's own ld.so and libraries,
+# so that they run whatever libc the machine has. Patched, not wrapped: runc executes /proc/self/exe again.
 # containerd's programs want no more than libc 2.34 and stay as they are (they crash when patched).
 debs_programs() {
   local root=$1 p f ld lib=$1/usr/lib/x86_64-linux-gnu; shift
@@ -54,7 +54,7 @@ debs_programs() {
     [ -f "$f" ] || { say "no $p in the packages under $root"; return 1; }
     cp -f "$f" "$root/bin/$p"
     case $p in
-      runc | crun | criu)
+      runc | crun | criu | checkpointctl)
         "$ld" --library-path "$lib" "$root/usr/bin/patchelf" --set-interpreter "$ld" --force-rpath --set-rpath "$lib" "$root/bin/$p" ;;
     esac
     "$root/bin/$p" -h > /dev/null 2>&1 || "$root/bin/$p" --version > /dev/null 2>&1 || { say "$root/bin/$p does not run here"; return 1; }

@@ -13,6 +13,7 @@ use containerd_shim_protos::{events::task::TaskCheckpointed, protobuf::well_know
 
 use crate::{
     container::{Container, Origin},
+    cri,
     errors::{TaskError, TaskResult},
     lifecycle::explain,
     options,
@@ -48,6 +49,9 @@ impl Container {
                 None => format!("{first} path= {}", kept.display()),
             };
             return Err(TaskError::unknown(text));
+        }
+        if args.work_dir == own_work {
+            cri::keep(&self.bundle, &self.id, &own_work);
         }
         remove_if(&own_work, args.work_dir == own_work);
         let event = TaskCheckpointed {

@@ -7,6 +7,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -28,6 +29,9 @@ use crate::{
     runc_error::RuncError,
     state::{Op, State},
 };
+
+/// So long after its process' end a container's OOM kill is still announced.
+const OOM_GRACE: Duration = Duration::from_secs(1);
 
 /// A client's error for a failed runc run: runc's own reason behind `what`.
 pub(crate) fn explain(e: anyhow::Error, what: &str) -> TaskError {
@@ -186,11 +190,14 @@ impl Container {
         self.find_cgroup(self.init.pid());
         let container = self.clone();
         self.shared.runtime.spawn(async move {
-            let watching_oom = tokio::spawn(container.clone().watch_oom());
+            let mut watching_oom = tokio::spawn(container.clone().watch_oom());
             if let Ok(exit) = watch.exit().await {
                 container.init_exited(exit).await;
             }
-            watching_oom.abort();
+            // The word of a kill may come after the end that it has brought. The watch ends with the cgroup.
+            if tokio::time::timeout(OOM_GRACE, &mut watching_oom).await.is_err() {
+                watching_oom.abort();
+            }
         });
     }
 

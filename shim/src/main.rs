@@ -17,6 +17,7 @@
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
 //! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
+//! | `cri` | what containerd's CRI expects of a checkpoint |
 //! | `hooks`, `migration` | where the migration hooks in; sending and receiving containers |
 
 mod bootstrap;
@@ -27,6 +28,7 @@ mod command;
 mod console;
 mod container;
 mod control;
+mod cri;
 mod descriptors;
 mod detect;
 mod errors;

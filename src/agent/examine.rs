@@ -9,7 +9,7 @@ use super::{
     api::{ErrorReport, ExitCode, MigrateRequest},
     host::{self, HostFacts},
     message::Offer,
-    netns, preflight, spec,
+    netns, pod, preflight, spec,
 };
 use crate::{
     containerd::{
@@ -57,6 +57,8 @@ pub async fn examine(agent: &Agent, request: &MigrateRequest) -> Outcome<Subject
             "see `ctr --namespace N containers list`, or name another namespace with --namespace",
         );
     };
+    pod::check(&record)
+        .map_err(|refusal| ErrorReport::new(ExitCode::Refused, refusal.message).advice(refusal.advice))?;
     let task = containerd.task(id).await.map_err(internal)?;
     let running = task.as_ref().is_some_and(|t| t.status == Status::Running);
     let state = task.as_ref().map_or("has no task", |t| t.status.name());

@@ -18,7 +18,7 @@ use super::{
     message::{Offer, Refusal},
     netns,
     placement::{Placement, plain, situation},
-    preflight,
+    pod, preflight,
     reporter::Reporter,
     source::clean_up,
     spec,
@@ -95,6 +95,7 @@ async fn try_checkpoint(
         let message = format!("no container {id} in namespace {}", request.namespace);
         return Err(ErrorReport::new(ExitCode::NotFound, message));
     };
+    pod::check(&record).map_err(refused)?;
     let task: Option<Task> = containerd.task(id).await.map_err(internal)?;
     let Some(task) = task.filter(|t| matches!(t.status, Status::Running | Status::Paused)) else {
         return Err(ErrorReport::new(ExitCode::NotRunning, format!("{id} does not run")));

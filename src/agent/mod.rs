@@ -14,7 +14,7 @@
 //! | [`filling`] | one that runs here while memory of it is still on the source |
 //! | [`placement`] | making a container here step by step |
 //! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
-//! | [`preflight`], [`host`], [`spec`] | does it fit here |
+//! | [`preflight`], [`host`], [`spec`], [`pod`] | does it fit here, may it leave |
 //! | [`pending`] | one-time tickets; the data connections they let in |
 //! | [`layer`] | the writable layer of a container that does not run |
 //! | [`outcome`] | what became of migrations whose answer was lost |
@@ -55,6 +55,7 @@ pub mod peer;
 pub mod pending;
 pub mod placed;
 pub mod placement;
+pub mod pod;
 pub mod preflight;
 pub mod ps;
 pub mod reporter;

@@ -210,7 +210,8 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
     let containerd = Containerd::connect(&agent.config.containerd).await?;
     for namespace in containerd.namespaces().await? {
         let containerd = containerd.namespace(&namespace)?;
-        for record in containerd.container_list().await?.into_iter().filter(super::ps::is_ours) {
+        let records = containerd.container_list().await?;
+        for record in records.into_iter().filter(|r| super::ps::is_ours(&namespace, r)) {
             let Ok(inspected) = control::client::inspect(&namespace, &record.id).await else { continue };
             let (migration_id, address) = match inspected.migration {
                 MigrationState::Undecided { migration_id, address, .. } => (migration_id, address),

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use super::{
     host::HostFacts,
     message::{Offer, Refusal},
+    pod,
     spec::{self, SpecNamespace},
 };
 
@@ -282,6 +283,7 @@ fn check_spec(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
     let no = |code: &str, message: String, advice: &str| {
         Err(Refusal { code: code.into(), message, advice: advice.into() })
     };
+    pod::check(&offer.record)?;
     check_movable(&offer.record.spec)?;
     for mount in spec::host_mounts(&offer.record.spec) {
         if !spec::is_listed(&mount, &now.listed_mounts) {

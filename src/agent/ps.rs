@@ -34,7 +34,7 @@ pub async fn list(agent: &Agent, namespace: &str) -> Result<Reply, ErrorReport> 
             }
             let tasks: HashMap<_, _> =
                 inside.task_list().await?.into_iter().map(|t| (t.id.clone(), t)).collect();
-            for record in records.into_iter().filter(is_ours) {
+            for record in records.into_iter().filter(|r| is_ours(&namespace, r)) {
                 let task = tasks.get(&record.id);
                 let shim = match task {
                     Some(_) => control::client::inspect(&namespace, &record.id).await.ok(),
@@ -50,8 +50,14 @@ pub async fn list(agent: &Agent, namespace: &str) -> Result<Reply, ErrorReport> 
     listed.await.map_err(|error| ErrorReport::new(ExitCode::Failed, format!("{error:#}")))
 }
 
-/// Whether a container's runtime is transship, by its name or by the path of its shim.
-pub fn is_ours(record: &Record) -> bool {
+/// Whether a container's runtime is transship: by its name, or by what its shim shows. CRI does not record that its handler has a
+/// `runtime_path`.
+pub fn is_ours(namespace: &str, record: &Record) -> bool {
+    names_us(record) || control::socket_path(namespace, &record.id).exists()
+}
+
+/// By its name or by the path of its shim.
+fn names_us(record: &Record) -> bool {
     let options = record.runtime_options.as_ref().map(|o| String::from_utf8_lossy(&o.value));
     record.runtime.contains("transship") || options.is_some_and(|o| o.contains("shim-transship"))
 }
@@ -192,9 +198,9 @@ mod tests {
     #[test]
     fn ours() {
         let mut record = Record { runtime: "io.containerd.runc.v2".into(), ..Record::default() };
-        assert!(!is_ours(&record));
+        assert!(!names_us(&record));
         let value = b"\x0a\x28/usr/local/bin/containerd-shim-transship-v2".to_vec();
         record.runtime_options = Some(Opaque { type_url: String::new(), value });
-        assert!(is_ours(&record));
+        assert!(names_us(&record));
     }
 }

@@ -82,6 +82,7 @@ pub struct Bed {
     containerd: Containerd,
     prefix: String,
     agents: bool,
+    pods: bool,
 }
 
 /// All limits of the scenarios are for a machine of ordinary speed. TRANSSHIP_TEST_SLOW=N multiplies them: `hack/vm`'s processor is
@@ -109,7 +110,7 @@ impl Bed {
     pub fn bare(containerd: Containerd, mark: &str) -> Result<Bed> {
         let prefix = std::env::var("TRANSSHIP_TEST_BED").unwrap_or_else(|_| "tst".into());
         let prefix = format!("{prefix}{mark}{}", containerd.version().replace('.', ""));
-        let bed = Bed { containerd, prefix, agents: false };
+        let bed = Bed { containerd, prefix, agents: false, pods: false };
         bed.hack(["down"]).context("removing an earlier bed")?;
         bed.hack(["up"])?;
         Ok(bed)
@@ -120,11 +121,15 @@ impl Bed {
         self.containerd
     }
 
-    /// Starts the agents before the first scenario that needs them.
+    /// Starts the agents, and brings the images of pods, before the first scenario that needs them.
     pub fn prepare(&mut self, needs: Needs) -> Result<()> {
-        if needs == Needs::Migration && !self.agents {
+        if needs != Needs::Shim && !self.agents {
             self.hack(["agents"])?;
             self.agents = true;
+        }
+        if needs == Needs::Pods && !self.pods {
+            self.hack(["import-pods", "a"])?;
+            self.pods = true;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! | `bed.rs` | the two nodes: up, down, commands in them, logs, the check for leaks |
 //! | `container.rs` | containers, pods and images through ctr |
 //! | `client.rs` | the redis client outside of the nodes |
+//! | `cri/` | pods over CRI, under runc's handler and under ours |
 //! | `live.rs` | a container whose processes check their memory, moves in all modes, what trackers leave behind |
 //! | `many.rs` | containers without ctr, many at once |
 //! | `manifest.rs` | what a directory tree holds, to be compared later |
@@ -25,6 +26,7 @@
 mod bed;
 mod client;
 mod container;
+mod cri;
 mod live;
 mod manifest;
 mod many;

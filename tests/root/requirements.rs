@@ -11,6 +11,8 @@ pub enum Needs {
     Shim,
     /// Our shim and an agent on both nodes.
     Migration,
+    /// The same, and what pods over CRI need.
+    Pods,
 }
 
 /// The runtime under test.
@@ -31,7 +33,7 @@ pub fn bin_dir() -> PathBuf {
     std::env::var_os("TRANSSHIP_BIN_DIR").map(PathBuf::from).or_else(beside).unwrap_or_default()
 }
 
-/// Where `hack/setup` unpacks programs.
+/// Where `hack/setup` puts what it unpacks.
 pub fn opt() -> PathBuf {
     std::env::var_os("TRANSSHIP_OPT").map_or_else(|| "/opt/transship".into(), PathBuf::from)
 }
@@ -50,12 +52,15 @@ pub fn missing(containerd: Containerd, needs: Needs) -> Option<String> {
         .or_else(|| have(setup.join("criu/bin/criu"), "hack/setup criu"))
         .or_else(|| {
             let ours = runtime() == OURS;
-            if needs == Needs::Migration && !ours {
-                return Some(format!("a migration needs our shim, not {}", runtime()));
+            if needs != Needs::Shim && !ours {
+                return Some(format!("it needs our shim, not {}", runtime()));
             }
             let shim = || have(bin_dir().join("containerd-shim-transship-v2"), "cargo build --workspace");
             let client = || have(bin_dir().join("ts-client"), "cargo build --workspace");
-            ours.then(shim).flatten().or_else(client)
+            let plugins = || have(setup.join("cni/bin/bridge"), "hack/setup cni");
+            let reader = || have(setup.join("checkpointctl/bin/checkpointctl"), "hack/setup checkpointctl");
+            let pods = || plugins().or_else(reader);
+            ours.then(shim).flatten().or_else(client).or_else(|| (needs == Needs::Pods).then(pods).flatten())
         })
 }
 

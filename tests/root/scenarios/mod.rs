@@ -3,6 +3,16 @@
 mod checkpoint_errors;
 mod checkpoint_file;
 mod cli_ps;
+mod cri_checkpoint;
+mod cri_containers;
+mod cri_events;
+mod cri_exec;
+mod cri_logs;
+mod cri_pids;
+mod cri_pods;
+mod cri_resources;
+mod cri_streams;
+mod cri_transship;
 mod crun;
 mod ctr_checkpoint;
 mod ctr_pod;
@@ -46,6 +56,16 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         checkpoint_errors::ALL,
         checkpoint_file::ALL,
         cli_ps::ALL,
+        cri_checkpoint::ALL,
+        cri_containers::ALL,
+        cri_events::ALL,
+        cri_exec::ALL,
+        cri_logs::ALL,
+        cri_pids::ALL,
+        cri_pods::ALL,
+        cri_resources::ALL,
+        cri_streams::ALL,
+        cri_transship::ALL,
         crun::ALL,
         ctr_checkpoint::ALL,
         ctr_pod::ALL,

@@ -1,0 +1,143 @@
+//! CheckpointContainer (containerd 2.1; 1.7 does not have it): the archive, whether others can read it, and a container that CRI makes of it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::cri_containers::without_times;
+use crate::Scenario;
+use crate::bed::{Containerd, wait_for};
+use crate::cri::client::{Answer, Cri};
+use crate::cri::compare;
+use crate::cri::config::Checkpoint;
+use crate::cri::pod::{Pod, RUNNING};
+use crate::cri::record::Record;
+use crate::requirements::{self, Needs};
+
+/// The scenarios of this file.
+pub const ALL: &[Scenario] = &[Scenario {
+    name: "cri_checkpoint",
+    needs: Needs::Pods,
+    run: |bed| compare::same_in_turn(bed, checkpoint),
+}];
+
+fn ask(cri: &Cri<'_>, id: &str, location: &Path) -> Answer<()> {
+    let location = location.display().to_string();
+    cri.tell("CheckpointContainer", Checkpoint { id: id.to_owned(), location, timeout: 30 })
+}
+
+fn checkpoint(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
+    let pod = Pod::run(cri, handler, "checkpoint", record)?;
+    let script = "echo kept > /tmp/x; i=0; while :; do i=$((i+1)); echo $i > /tmp/count; [ $i -gt 3 ] || echo line $i; sleep 0.1; done";
+    let id = pod.start("main", &["sh", "-c", script], record)?;
+    pod.wait_log("main", "line 3")?;
+    let archive = cri.bed.shared()?.join(format!("{handler}.tar"));
+    let asked = ask(cri, &id, &archive);
+    record.outcome("checkpoint", &asked);
+    if cri.bed.containerd() == Containerd::V17 {
+        ensure!(asked.is_err_and(|s| s.code() == tonic::Code::Unimplemented), "containerd 1.7 knows it now");
+        return pod.remove();
+    }
+    asked?;
+    let count = || -> Result<u64> { Ok(cri.output(&id, &["cat", "/tmp/count"])?.trim().parse()?) };
+    let before = count()?;
+    wait_for(Duration::from_secs(5), "it to run on", || Ok(count()? > before))?;
+    record.outcome("it runs on", &cri.verbose(&id));
+    record.note("its files", files(&archive)?);
+    checkpointctl(&archive, record)?;
+    // a second one, in the same place, of the same container
+    std::fs::remove_file(&archive)?;
+    ask(cri, &id, &archive)?;
+    record.note("the second's files", files(&archive)?);
+    record.note("left in the node", left(cri, &id)?);
+    cri.stop(&id, 0)?;
+    record.outcome("checkpoint after its end", &ask(cri, &id, &archive));
+    restore(cri, &pod, &archive, record)?;
+    std::fs::remove_file(&archive)?;
+    pod.remove()
+}
+
+/// The files of an archive, sorted; none is empty but those that say so.
+fn files(archive: &Path) -> Result<String> {
+    let output = Command::new("tar").arg("-tf").arg(archive).output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut names: Vec<&str> = text.lines().map(|l| l.trim_start_matches("./")).collect();
+    names.sort_unstable();
+    for wanted in [
+        "checkpoint/inventory.img",
+        "config.dump",
+        "spec.dump",
+        "status.dump",
+        "stats-dump",
+        "dump.log",
+        "rootfs-diff.tar",
+    ] {
+        ensure!(names.contains(&wanted), "no {wanted} in {names:?}");
+    }
+    // a page image for each part of the memory: how many is not the runtime's
+    Ok(names.into_iter().filter(|n| !n.starts_with("checkpoint/pages-")).collect::<Vec<_>>().join(" "))
+}
+
+/// What checkpointctl reads in it: the overview, and every detail that it knows.
+fn checkpointctl(archive: &Path, record: &mut Record) -> Result<()> {
+    let program: PathBuf = requirements::opt().join("checkpointctl/bin/checkpointctl");
+    let run = |args: &[&str]| -> Result<String> {
+        let output = Command::new(&program)
+            .args(args)
+            .arg(archive)
+            .output()
+            .with_context(|| program.display().to_string())?;
+        ensure!(output.status.success(), "checkpointctl {args:?}: {output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let overview = run(&["show"])?;
+    ensure!(overview.contains("main") && overview.contains("localhost/busybox:1"), "{overview}");
+    let details: Value = serde_json::from_str(&run(&["inspect", "--all", "--format", "json"])?)?;
+    let one = details.get(0).unwrap_or(&details);
+    ensure!(one["container_name"].as_str().is_some_and(|n| n.contains("main")), "{one}");
+    ensure!(one["process_tree"]["command"].as_str().is_some_and(|c| c.contains("sh")), "{one}");
+    for key in ["container_name", "image", "engine", "runtime", "process_tree", "mounts", "sockets"] {
+        record.fields(&format!("checkpointctl/{key}"), &one[key]);
+    }
+    let keys: Vec<&str> = one.as_object().context("an object")?.keys().map(String::as_str).collect();
+    record.note("checkpointctl's keys", keys.join(" "));
+    let statistics = one["statistics"].as_object().context("no statistics")?;
+    record.note(
+        "checkpointctl's statistics",
+        statistics.keys().map(String::as_str).collect::<Vec<_>>().join(" "),
+    );
+    Ok(())
+}
+
+/// CRIU's files that a checkpoint leaves where CRI keeps the container.
+fn left(cri: &Cri<'_>, id: &str) -> Result<String> {
+    let dir = format!("/var/lib/containerd/io.containerd.grpc.v1.cri/containers/{id}");
+    cri.bed.sh(crate::bed::Node::A, &format!("ls {dir}"))
+}
+
+/// A container whose image is the archive: CRI restores it, with its writable layer, in the same pod.
+fn restore(cri: &Cri<'_>, pod: &Pod<'_, '_>, archive: &Path, record: &mut Record) -> Result<()> {
+    let image = archive.display().to_string();
+    record.call(&image, "<the archive>");
+    let again = pod.create_with("again", &[], record, |config| {
+        config.image.as_mut().expect("set").image = image;
+    })?;
+    let started = cri.start(&again);
+    record.outcome("restored", &started);
+    started?;
+    cri.wait_state(&again, RUNNING)?;
+    let state = "cat /tmp/x; a=$(cat /tmp/count); sleep 0.5; b=$(cat /tmp/count); [ $a -gt 3 ] && [ $b -gt $a ] && echo counts on";
+    record.outcome("restored state", &cri.exec(&again, &["sh", "-c", state], 5));
+    record.outcome("restored status", &cri.verbose(&again));
+    record.outcome("restored stop", &cri.stop(&again, 1));
+    record.outcome("restored after its end", &cri.verbose(&again));
+    record.note(
+        "restored log",
+        without_times(&pod.log("again").unwrap_or_default()).lines().take(3).collect::<Vec<_>>().join("\n"),
+    );
+    Ok(())
+}
