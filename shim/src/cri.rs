@@ -16,7 +16,8 @@ const FILES: [&str; 2] = ["stats-dump", "dump.log"];
 const KIND: (&str, &str) = ("io.kubernetes.cri.container-type", "container");
 const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 
-/// Where CRI makes the archive, in the container's folder; newer ones make it before they ask for the checkpoint.
+/// Where CRI makes the archive, in the container's folder. Newer ones make it before they ask for the checkpoint and want the files there;
+/// older ones take them from the folder itself, where they stay.
 const ARCHIVE: &str = "ctrd-checkpoint";
 
 #[derive(Deserialize, Default)]
@@ -38,14 +39,12 @@ pub fn keep(bundle: &Path, id: &str, work: &Path) {
     let Some(home) = fs::read(bundle.join("config.json")).ok().and_then(|json| home(&json, id)) else {
         return;
     };
+    let archive = home.join(ARCHIVE);
+    // a checkpoint that was unpacked there may have brought links
+    let to = if archive.symlink_metadata().is_ok_and(|m| m.is_dir()) { archive } else { home };
     for file in FILES {
-        for to in [home.clone(), home.join(ARCHIVE)] {
-            // a checkpoint that was unpacked there may have brought links
-            if to.symlink_metadata().is_ok_and(|m| m.is_dir())
-                && let Err(e) = copy(&work.join(file), &to.join(file))
-            {
-                log::warn!("{id}: {file} to {}: {e}", to.display());
-            }
+        if let Err(e) = copy(&work.join(file), &to.join(file)) {
+            log::warn!("{id}: {file} to {}: {e}", to.display());
         }
     }
 }
@@ -121,7 +120,10 @@ mod tests {
         assert!(!dir.path().join("dump.log").exists());
         fs::remove_file(home.join(ARCHIVE)).unwrap();
         fs::create_dir(home.join(ARCHIVE)).unwrap();
-        kept("container");
-        assert!(home.join(ARCHIVE).join("dump.log").exists());
+        fs::remove_file(home.join("stats-dump")).unwrap();
+        assert_eq!(kept("container"), None, "not in both places");
+        assert!(
+            home.join(ARCHIVE).join("stats-dump").exists() && home.join(ARCHIVE).join("dump.log").exists()
+        );
     }
 }

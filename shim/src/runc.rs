@@ -340,9 +340,10 @@ impl Runc {
         if done.status == 0 {
             return Ok(done);
         }
-        let mut output = String::from_utf8_lossy(&done.stderr).trim().to_string();
-        if output.is_empty() {
-            output = String::from_utf8_lossy(&done.stdout).trim().to_string();
+        // as it is, its last line's end included: the Go shim's errors have it too
+        let mut output = String::from_utf8_lossy(&done.stderr).into_owned();
+        if output.trim().is_empty() {
+            output = String::from_utf8_lossy(&done.stdout).into_owned();
         }
         Err(self.error(done.status, output, log_start))
     }

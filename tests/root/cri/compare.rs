@@ -19,12 +19,15 @@ pub const OURS: &str = "transship";
 /// Ours, under the name of runc's type, by its path.
 pub const BY_PATH: &str = "transship-path";
 
-/// Differences that are meant: the end of a line's name, and why.
+/// Differences that are meant: the end of a line's name (or its middle, where it ends in a slash), and why.
 const MEANT: &[(&str, &str)] = &[
     ("/runtime_handler", "the handler's own name"),
     ("/runtimeHandler", "the handler's own name"),
+    ("/RuntimeHandler", "the handler's own name"),
     ("/runtimeType", "the type's own name"),
-    ("/runtimeOptions", "containerd gives runc's options only to runc's type"),
+    ("checkpointctl/runtime", "the type's own name"),
+    ("/runtimeOptions", "runc's options have a type of their own in containerd"),
+    ("/runtimeOptions/", "runc's options have a type of their own in containerd"),
 ];
 
 /// Runs the scene under runc's handler and under ours, both at the same time, and compares.
@@ -80,8 +83,12 @@ fn judge(runc: &[(String, String)], ours: &[(String, String)]) -> Result<()> {
     let mut names: Vec<&String> = runc.keys().chain(ours.keys()).collect();
     names.sort();
     names.dedup();
-    let meant =
-        |name: &str| MEANT.iter().any(|(end, _)| name.split(" (").next().is_some_and(|n| n.ends_with(end)));
+    let is =
+        |name: &str, part: &str| if part.ends_with('/') { name.contains(part) } else { name.ends_with(part) };
+    let meant = |name: &str| {
+        let name = name.split(" (").next().unwrap_or_default();
+        MEANT.iter().any(|(part, _)| is(name, part))
+    };
     let different = names.into_iter().filter(|n| !meant(n) && runc.get(*n) != ours.get(*n));
     let shown: Vec<String> = different
         .map(|n| {

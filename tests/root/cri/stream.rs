@@ -39,7 +39,8 @@ impl Stream {
         let answer: Url = cri.ask(method, question)?;
         let uri: tungstenite::http::Uri = answer.url.replacen("http://", "ws://", 1).parse()?;
         let address = uri.authority().context("no address")?.to_string();
-        let tcp = connect_in_node(cri.bed, &address).with_context(|| answer.url.clone())?;
+        let tcp = in_network(cri.bed, Node::A, || Ok(TcpStream::connect(&address)?))
+            .with_context(|| answer.url.clone())?;
         tcp.set_read_timeout(Some(patient(LIMIT)))?;
         let request = ClientRequestBuilder::new(uri).with_sub_protocol("v4.channel.k8s.io");
         let (socket, _) =
@@ -98,15 +99,15 @@ impl Stream {
     }
 }
 
-/// A connection to an address in node a's network. A socket stays in the network in which it was made, whoever holds it.
-fn connect_in_node(bed: &Bed, address: &str) -> Result<TcpStream> {
-    let netns = File::open(format!("/proc/{}/ns/net", bed.pid(Node::A)?))?;
+/// Does something in a node's network. A socket stays in the network in which it was made, whoever holds it.
+pub fn in_network<T: Send>(bed: &Bed, node: Node, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let netns = File::open(format!("/proc/{}/ns/net", bed.pid(node)?))?;
     std::thread::scope(|scope| {
         // a thread of its own: setns is for the thread that calls it
-        let connecting = scope.spawn(|| -> Result<TcpStream> {
+        let working = scope.spawn(|| -> Result<T> {
             setns(&netns, CloneFlags::CLONE_NEWNET).context("setns")?;
-            Ok(TcpStream::connect(address)?)
+            work()
         });
-        connecting.join().map_err(|_| anyhow::anyhow!("the connecting thread panicked"))?
+        working.join().map_err(|_| anyhow::anyhow!("the thread in the node's network panicked"))?
     })
 }

@@ -1,7 +1,12 @@
 //! CheckpointContainer (containerd 2.1; 1.7 does not have it): the archive, whether others can read it, and a container that CRI makes of it.
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,12 +14,13 @@ use serde_json::Value;
 
 use super::cri_containers::without_times;
 use crate::Scenario;
-use crate::bed::{Containerd, wait_for};
+use crate::bed::{Bed, Containerd, Node, wait_for};
 use crate::cri::client::{Answer, Cri};
 use crate::cri::compare;
 use crate::cri::config::Checkpoint;
 use crate::cri::pod::{Pod, RUNNING};
 use crate::cri::record::Record;
+use crate::cri::stream::in_network;
 use crate::requirements::{self, Needs};
 
 /// The scenarios of this file.
@@ -60,7 +66,7 @@ fn checkpoint(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     pod.remove()
 }
 
-/// The files of an archive, sorted; none is empty but those that say so.
+/// The files of an archive, sorted.
 fn files(archive: &Path) -> Result<String> {
     let output = Command::new("tar").arg("-tf").arg(archive).output()?;
     ensure!(output.status.success(), "{output:?}");
@@ -78,8 +84,9 @@ fn files(archive: &Path) -> Result<String> {
     ] {
         ensure!(names.contains(&wanted), "no {wanted} in {names:?}");
     }
-    // a page image for each part of the memory: how many is not the runtime's
-    Ok(names.into_iter().filter(|n| !n.starts_with("checkpoint/pages-")).collect::<Vec<_>>().join(" "))
+    // the numbers of processes, namespaces and devices are not the runtime's
+    let plain = |name: &&str| name.chars().filter(|c| !c.is_ascii_digit()).collect::<String>();
+    Ok(names.iter().map(plain).collect::<Vec<_>>().join(" "))
 }
 
 /// What checkpointctl reads in it: the overview, and every detail that it knows.
@@ -116,11 +123,13 @@ fn checkpointctl(archive: &Path, record: &mut Record) -> Result<()> {
 /// CRIU's files that a checkpoint leaves where CRI keeps the container.
 fn left(cri: &Cri<'_>, id: &str) -> Result<String> {
     let dir = format!("/var/lib/containerd/io.containerd.grpc.v1.cri/containers/{id}");
-    cri.bed.sh(crate::bed::Node::A, &format!("ls {dir}"))
+    cri.bed.sh(Node::A, &format!("ls {dir}"))
 }
 
-/// A container whose image is the archive: CRI restores it, with its writable layer, in the same pod.
+/// A container whose image is the archive: CRI restores it, with its writable layer, in the same pod. It asks a registry for the image of
+/// which the first was made, though it is there.
 fn restore(cri: &Cri<'_>, pod: &Pod<'_, '_>, archive: &Path, record: &mut Record) -> Result<()> {
+    let _registry = Registry::serve(cri.bed)?;
     let image = archive.display().to_string();
     record.call(&image, "<the archive>");
     let again = pod.create_with("again", &[], record, |config| {
@@ -140,4 +149,58 @@ fn restore(cri: &Cri<'_>, pod: &Pod<'_, '_>, archive: &Path, record: &mut Record
         without_times(&pod.log("again").unwrap_or_default()).lines().take(3).collect::<Vec<_>>().join("\n"),
     );
     Ok(())
+}
+
+/// As much of a registry as it takes: at port 80 of node a's loopback interface, it has every manifest that is asked for by its digest, of
+/// busybox' size. That what follows is in containerd's store already, containerd finds by itself.
+struct Registry {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Registry {
+    fn serve(bed: &Bed) -> Result<Registry> {
+        let digest = "ctr -n k8s.io images ls name==localhost/busybox:1 | awk 'NR == 2 { print $3 }'";
+        let size: usize =
+            bed.sh(Node::A, &format!("ctr -n k8s.io content get $({digest}) | wc -c"))?.trim().parse()?;
+        let listener = in_network(bed, Node::A, || Ok(TcpListener::bind("127.0.0.1:80")?))?;
+        listener.set_nonblocking(true)?;
+        let over = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&over);
+        let thread = std::thread::spawn(move || {
+            while !until.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok((stream, _)) => answer(stream, size).unwrap_or_else(|e| eprintln!("registry: {e:#}")),
+                    Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                }
+            }
+        });
+        Ok(Registry { over, thread: Some(thread) })
+    }
+}
+
+/// One request of a connection: a HEAD for `/v2/NAME/manifests/DIGEST`.
+fn answer(mut stream: TcpStream, size: usize) -> Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut request = String::new();
+    let mut lines = BufReader::new(stream.try_clone()?);
+    while lines.read_line(&mut request)? > 2 {}
+    let path = request.split_whitespace().nth(1).context("no path")?;
+    let digest = path.rsplit('/').next().unwrap_or_default();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.oci.image.manifest.v1+json\r\nDocker-Content-Digest: {digest}\r\n\
+         Content-Length: {size}\r\nConnection: close\r\n\r\n"
+    )?;
+    Ok(())
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }

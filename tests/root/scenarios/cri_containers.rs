@@ -41,7 +41,7 @@ fn ends(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     let shot = pod.start("shot", &["sleep", "1000"], record)?;
     let info = cri.verbose(&shot)?.info.remove("info").context("no info")?;
     let pid = &serde_json::from_str::<serde_json::Value>(&info)?["pid"];
-    cri.bed.sh(Node::A, &format!("kill -SEGV {pid}"))?;
+    cri.bed.sh(Node::A, &format!("kill -KILL {pid}"))?;
     cri.wait_state(&shot, EXITED)?;
     record.outcome("shot", &cri.verbose(&shot));
     record.outcome("pod", &pod.status());
@@ -111,7 +111,7 @@ fn oom(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     cri.wait_state(&child, EXITED)?;
     reason_comes(cri, &child);
     record.outcome("its child", &cri.verbose(&child));
-    record.note("its output", without_times(&pod.log("child")?));
+    record.note("its output", in_any_order(&without_times(&pod.log("child")?)));
     pod.remove()
 }
 
@@ -121,6 +121,13 @@ fn reason_comes(cri: &Cri<'_>, id: &str) {
     if let Err(error) = wait_for(Duration::from_secs(3), "the reason OOMKilled", come) {
         eprintln!("{error:#}");
     }
+}
+
+/// Between stdout and stderr there is no order.
+pub fn in_any_order(log: &str) -> String {
+    let mut lines: Vec<&str> = log.lines().collect();
+    lines.sort_unstable();
+    lines.join("\n")
 }
 
 /// A CRI log without its times, which must be there.

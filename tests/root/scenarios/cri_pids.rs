@@ -44,7 +44,9 @@ fn shared(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     let script = "(setsid sleep 1003 &); sleep 1002 & echo up; wait";
     let tree = pod.start_with("tree", &["sh", "-c", script], record, with_pids(Mode::Pod, ""))?;
     pod.wait_log("tree", "up")?;
-    let seen = || cri.output(&looker, &["sh", "-c", "ps -o args | sort"]);
+    // without those that look
+    let seen =
+        || cri.output(&looker, &["sh", "-c", "ps -o args > /tmp/ps; grep -E 'pause|sleep' /tmp/ps | sort"]);
     // who is killed is a zombie until the pod's process 1 has seen to it
     let without = |gone: [&str; 2]| -> Result<String> {
         wait_for(Duration::from_secs(5), "the end of what a container left", || {
@@ -79,7 +81,14 @@ fn of_another(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
         pod.start_with("debugger", &["sleep", "1002"], record, with_pids(Mode::Target, &target))?;
     record.note(
         "seen",
-        cri.output(&debugger, &["sh", "-c", "ps -o args | sort; tr '\\0' ' ' < /proc/1/cmdline"])?,
+        cri.output(
+            &debugger,
+            &[
+                "sh",
+                "-c",
+                "ps -o args > /tmp/ps; grep '^sleep' /tmp/ps | sort; tr '\\0' ' ' < /proc/1/cmdline",
+            ],
+        )?,
     );
     record.outcome("debugger", &cri.verbose(&debugger));
     record.outcome("stop", &cri.stop(&debugger, 0));

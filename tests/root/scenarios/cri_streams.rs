@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::cri_containers::without_times;
+use super::cri_containers::{in_any_order, without_times};
 use crate::Scenario;
 use crate::cri::client::Cri;
 use crate::cri::compare;
@@ -105,11 +105,7 @@ fn attach(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
         over(&mut second, name, record)?;
         cri.wait_state(&id, EXITED)?;
         record.outcome(name, &cri.verbose(&id));
-        // between the two streams there is no order
-        let log = without_times(&pod.log(name)?);
-        let mut lines: Vec<&str> = log.lines().collect();
-        lines.sort_unstable();
-        record.note(&format!("{name}'s log"), lines.join("\n"));
+        record.note(&format!("{name}'s log"), in_any_order(&without_times(&pod.log(name)?)));
     }
     // the first to leave closes stdin where the pod asks for that
     let id = pod.start_with("once", &["sh", "-c", "cat; echo eof; exit 5"], record, |config| {
