@@ -95,7 +95,6 @@ fn paused_killed_all(s: &mut Subject) -> Result<()> {
     let _ = s.call(Call::State(""));
     let _ = s.call(Call::Resume);
     let _ = s.call(Call::Wait(""));
-    let _ = s.call(Call::Pids);
     let _ = s.call(Call::Delete(""));
     Ok(())
 }
