@@ -112,6 +112,8 @@ pub enum Field {
     Pid(&'static str, u32),
     /// A list of processes, each with the exec id that the shim says it has.
     Pids(Vec<(u32, String)>),
+    /// Words in which numbers mean something.
+    Exact(&'static str, String),
     /// Anything else.
     Word(&'static str, String),
 }
@@ -155,6 +157,7 @@ pub fn shown(outcome: &Outcome, normal: &Normal) -> String {
     };
     let field = |field: &Field| match field {
         Field::Pid(name, pid) => format!("{name}={}", normal.pid(*pid)),
+        Field::Exact(name, text) => format!("{name}={text}"),
         Field::Word(name, text) => format!("{name}={}", normal.text(text)),
         Field::Pids(pids) => {
             let one = |(pid, exec): &(u32, String)| {

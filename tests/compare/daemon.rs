@@ -173,7 +173,7 @@ impl Daemon {
                 let answer = tasks.metrics(self.request(request)).await?.into_inner();
                 let data = answer.metrics.into_iter().filter_map(|m| m.data);
                 let shown = data.map(|d| stats::shown(&d.type_url, &d.value)).collect::<Vec<_>>();
-                Ok(vec![Field::Word("metrics", shown.join(" and "))])
+                Ok(vec![Field::Exact("metrics", shown.join(" and "))])
             }
             Call::Pids => {
                 let answer = tasks.list_pids(self.request(ListPidsRequest { container_id })).await?;

@@ -84,18 +84,23 @@ impl Events {
             record.note(format!("event of {id}: out of memory"), "yes");
         }
         // runc's shim does not tell of checkpoints; the others' numbers shall be the same
-        let (told, mut own): (Vec<_>, Vec<_>) =
-            own.into_iter().partition(|e| e.topic == "/tasks/checkpointed");
+        let (told, own): (Vec<_>, Vec<_>) = own.into_iter().partition(|e| e.topic == "/tasks/checkpointed");
         for event in told {
             record.note(format!("event of {id}: checkpointed"), shown(event, normal));
         }
-        // a shim that ends at once may take its last words with it
-        let last = own.pop_if(|e| e.topic == "/tasks/delete");
-        for (n, event) in own.iter().enumerate() {
-            record.note(format!("event {} of {id}", n + 1), shown(event, normal));
-        }
-        if let Some(event) = last {
-            record.note(format!("event of {id}: deleted at the end"), shown(event, normal));
+        // a shim that ends at once may take its last words with it: they have no number either, only a place
+        let (mut number, mut before) = (0, "nothing");
+        for event in own {
+            if event.topic == "/tasks/delete" {
+                record.note(
+                    format!("event of {id}: deleted"),
+                    format!("{}, after {before}", shown(event, normal)),
+                );
+                continue;
+            }
+            number += 1;
+            before = event.topic.trim_start_matches("/tasks/");
+            record.note(format!("event {number} of {id}"), shown(event, normal));
         }
     }
 }

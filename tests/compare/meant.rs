@@ -73,7 +73,7 @@ pub const LIST: &[Meant] = &[
         "checkpointed",
         "a checkpoint is told, as containerd's documentation asks; runc's shim does not",
     ),
-    meant("", "event of *: deleted at the end", "delete ", LAST_WORDS).sometimes(),
+    meant("", "event of *", "delete (", LAST_WORDS).sometimes(),
     meant(
         "double_create",
         "shim: create t1 again",

@@ -177,7 +177,7 @@ impl Shim {
             Call::Stats => {
                 let request = api::StatsRequest { id, ..Default::default() };
                 let a: api::StatsResponse = self.ask("Stats", &request).await?;
-                Ok(vec![Field::Word("stats", stats::shown(&a.stats.type_url, &a.stats.value))])
+                Ok(vec![Field::Exact("stats", stats::shown(&a.stats.type_url, &a.stats.value))])
             }
             Call::Pids => {
                 let request = api::PidsRequest { id, ..Default::default() };

@@ -19,7 +19,9 @@ const EXACT: [&str; 9] = [
 ];
 
 /// Fields that are zero or not by chance: what the kernel has counted so far.
-const CHANCE: [&str; 14] = [
+const CHANCE: [&str; 16] = [
+    "memory.dirty",
+    "memory.writeback",
     "cpu.usage.user",
     "cpu.usage.kernel",
     "cpu.usage.per_cpu",

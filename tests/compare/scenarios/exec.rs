@@ -46,7 +46,7 @@ fn exec_life(s: &mut Subject) -> Result<()> {
     s.run(New::of(Spec::idle()))?;
     let log = s.log("x1.log");
     let spec = spec::script(
-        "echo out; echo err >&2; cat /proc/1/cmdline; sleep 1000 & trap 'exit 7' TERM; echo ready; wait",
+        "echo out; echo err >&2; cat /proc/1/cmdline; sleep 1000 > /dev/null 2>&1 & trap 'exit 7' TERM; echo ready; wait",
     );
     s.call(Call::Exec(Box::new(NewExec { id: "x1", spec, stdio: log }))).ok();
     let _ = s.call(Call::State("x1"));

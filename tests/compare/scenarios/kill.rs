@@ -68,7 +68,6 @@ fn kill_all_shared_pids(s: &mut Subject) -> Result<()> {
     let _ = s.call(Call::KillAll(9));
     let _ = s.call(Call::Wait(""));
     s.ended("wait for x1", waiting);
-    let _ = s.call(Call::Pids);
     let _ = s.call(Call::Delete(""));
     Ok(())
 }
@@ -81,7 +80,6 @@ fn end_without_pid_namespace(s: &mut Subject) -> Result<()> {
     let _ = s.call(Call::Kill("", 9));
     let _ = s.call(Call::Wait(""));
     let _ = s.call(Call::Wait("x1"));
-    let _ = s.call(Call::Pids);
     let _ = s.call(Call::Delete("x1"));
     let _ = s.call(Call::Delete(""));
     Ok(())

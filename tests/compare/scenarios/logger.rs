@@ -31,8 +31,8 @@ fn file_logger(s: &mut Subject) -> Result<()> {
     // the folder is made
     let log = s.log("new/folder/t1.log");
     s.run(New::of(Spec::sh(SAYS)).stdio(log))?;
-    let _ = s.call(Call::State(""));
     let _ = s.call(Call::Wait(""));
+    let _ = s.call(Call::State(""));
     let _ = s.call(Call::Delete(""));
     let mut lines: Vec<String> = s.scratched("new/folder/t1.log").lines().map(str::to_owned).collect();
     lines.sort();
@@ -83,13 +83,17 @@ fn file_logger_cannot_be_made(s: &mut Subject) -> Result<()> {
     Ok(())
 }
 
-/// A logging program: writes what it was told, and what it reads, into the scratch folder.
+/// A logging program: writes what it was told, and what it reads, into the scratch folder. Its arguments are pairs in any order; what
+/// it has inherited beside its own descriptors is whatever containerd had.
 const LOGGER: &str = r#"#!/bin/sh
-dir=$2
-echo "arguments: $*" > $dir/told
+all=
+for word in "$@"; do [ "$last" != dir ] || dir=$word; last=$word; done
+while [ $# -gt 0 ]; do all="$all$1=$2
+"; shift 2; done
+printf %s "$all" | sort > $dir/told
 echo "id: $CONTAINER_ID" >> $dir/told
 env | grep -v -e ^PWD= -e ^SHLVL= -e ^_= -e ^OLDPWD= | cut -d= -f1 | sort >> $dir/told
-ls /proc/$$/fd | sort -n | tr '\n' ' ' >> $dir/told
+ls /proc/$$/fd | grep -x '[0-5]' | tr '\n' ' ' >> $dir/told
 exec 5>&-
 cat <&3 > $dir/out & cat <&4 > $dir/err &
 wait

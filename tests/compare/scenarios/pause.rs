@@ -89,9 +89,12 @@ fn paused_killed(s: &mut Subject) -> Result<()> {
 fn paused_killed_all(s: &mut Subject) -> Result<()> {
     s.run_ready(Spec::sh("sleep 1000 & echo ready; wait").no_pid_namespace())?;
     let _ = s.call(Call::Pause);
+    // on cgroup v1 the signal waits with them
     let _ = s.call(Call::KillAll(9));
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let _ = s.call(Call::State(""));
+    let _ = s.call(Call::Resume);
     let _ = s.call(Call::Wait(""));
-    let _ = s.call(Call::Pids);
     let _ = s.call(Call::Delete(""));
     Ok(())
 }

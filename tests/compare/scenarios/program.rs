@@ -141,7 +141,12 @@ fn wrong_use(s: &mut Subject) -> Result<()> {
 fn action(s: &mut Subject, name: &str, bundle: &str, line: &str) -> Result<Vec<u8>> {
     let out = s.scratch("action-out");
     let script = format!("cd {bundle} && {line} < /dev/null > {out}");
-    let _ = s.command(name, &script)?;
+    let output = s.bed.run(Node::A, &["sh", "-c", &script])?;
+    s.note(format!("{name}: status"), format!("{:?}", output.status.code()));
+    // warnings may be there or not; after a failure it is what containerd shows
+    if !output.status.success() {
+        s.note(format!("{name}: stderr"), text(&output.stderr));
+    }
     Ok(std::fs::read(s.host(&out))?)
 }
 

@@ -156,6 +156,11 @@ fn processes(s: &mut Subject) -> Result<()> {
     let _ = s.exec("x2", spec::process(&["sleep", "1000"]).to_string(), Default::default());
     let _ = s.call(Call::Pids);
     let _ = s.direct(Call::Pids);
+    // which of two that end at once is told of first is up to the kernel
+    for exec in ["x1", "x2"] {
+        let _ = s.call(Call::Kill(exec, 9));
+        let _ = s.call(Call::Wait(exec));
+    }
     s.end();
     Ok(())
 }

@@ -85,17 +85,18 @@ fn shim_of_a_group(s: &mut Subject) -> Result<()> {
     Ok(())
 }
 
-fn killed(s: &mut Subject, signal: u32) -> Result<()> {
+fn shim_killed(s: &mut Subject) -> Result<()> {
     s.run(New::of(Spec::idle()))?;
     let _ = s.exec("x1", crate::spec::script("sleep 1000"), Default::default());
     let waiting = s.begin(Call::Wait(""), false);
     let pid = shim_pid(s);
-    s.bed.ok(Node::A, &["kill", &format!("-{signal}"), &pid.to_string()])?;
-    s.ended("wait that was begun before", waiting);
+    s.bed.ok(Node::A, &["kill", "-9", &pid.to_string()])?;
     s.until("its end is told", |s| s.heard("/tasks/exit"));
     s.until("its deletion is told", |s| s.heard("/tasks/delete"));
     let _ = s.call(Call::State(""));
     let _ = s.call(Call::Delete(""));
+    s.note("the wait that was begun before has ended", waiting.is_finished().to_string());
+    waiting.abort();
     s.note_bundle("afterwards");
     // the same again is as new
     let mounts = s.stage.handle.block_on(s.stage.namespace.snapshot_mounts("overlayfs", ID))?;
@@ -104,10 +105,6 @@ fn killed(s: &mut Subject, signal: u32) -> Result<()> {
     let _ = s.call(Call::Wait(""));
     let _ = s.call(Call::Delete(""));
     Ok(())
-}
-
-fn shim_killed(s: &mut Subject) -> Result<()> {
-    killed(s, 9)
 }
 
 fn shim_terminated(s: &mut Subject) -> Result<()> {
