@@ -43,15 +43,15 @@ async fn lives(api: &Api, numbers: std::ops::Range<usize>) -> Result<()> {
     Ok(())
 }
 
-/// What a shim holds when the threads that helped have gone home.
-fn at_rest(bed: &Bed, pod: &str) -> Result<Held> {
-    let shim = Shim::of(bed, Node::A, pod)?;
-    let mut last = shim.held()?;
-    wait_for(Duration::from_secs(10), "a shim at rest", || {
-        std::thread::sleep(Duration::from_millis(700));
-        let now = shim.held()?;
-        let rests = now == std::mem::replace(&mut last, now) && now.zombies == 0;
-        Ok(rests)
+/// What the pods' shims hold when the threads that helped, which wait a second for more, have gone home.
+fn at_rest(bed: &Bed) -> Result<[Held; 3]> {
+    let shims: Vec<_> = PODS.iter().map(|pod| Shim::of(bed, Node::A, pod)).collect::<Result<_>>()?;
+    let look = || -> Result<[Held; 3]> { Ok([shims[0].held()?, shims[1].held()?, shims[2].held()?]) };
+    let mut last = look()?;
+    wait_for(Duration::from_secs(20), "shims at rest", || {
+        std::thread::sleep(Duration::from_millis(1300));
+        let now = look()?;
+        Ok(now == std::mem::replace(&mut last, now) && now.iter().all(|held| held.zombies == 0))
     })?;
     Ok(last)
 }
@@ -67,16 +67,14 @@ fn many_containers(bed: &Bed) -> Result<()> {
         }
         // the first ones make the shim's tables and buffers as large as they will be
         lives(&api, 0..AT_A_TIME).await?;
-        let before = PODS.map(|pod| at_rest(bed, pod));
+        let before = at_rest(bed)?;
         let mounted = mounts(bed)?;
         let begun = Instant::now();
         let wanted = std::env::var("TRANSSHIP_TEST_MANY").ok().and_then(|n| n.parse().ok());
         let all = wanted.unwrap_or(ALL_OF_THEM);
         lives(&api, AT_A_TIME..all).await?;
         let took = begun.elapsed();
-        for (pod, before) in PODS.into_iter().zip(before) {
-            let before = before?;
-            let after = at_rest(bed, pod)?;
+        for (pod, (before, after)) in PODS.into_iter().zip(before.into_iter().zip(at_rest(bed)?)) {
             eprintln!("{pod} after {all} containers in {took:.1?}: {before:?} became {after:?}");
             ensure!(after.zombies == 0, "{pod}: {after:?}");
             // runc's shim grows by threads
