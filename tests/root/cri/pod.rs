@@ -72,7 +72,6 @@ impl<'c, 'b> Pod<'c, 'b> {
                 cgroup_parent: format!("/kubepods/{full}"),
                 security_context: Some(SandboxSecurity { namespace_options: Some(own_pids()) }),
             }),
-            ..Default::default()
         };
         change(&mut config);
         std::fs::create_dir_all(cri.bed.path(Node::A, &config.log_directory)?)?;

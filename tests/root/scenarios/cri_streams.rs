@@ -48,8 +48,9 @@ fn exec(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
         "{status}"
     );
 
-    let size =
-        |wanted: &str| format!("until [ \"$(stty size)\" = \"{wanted}\" ]; do sleep 0.05; done; stty size");
+    let size = |wanted: &str| {
+        format!("until [ \"$(stty size 2> /dev/null)\" = \"{wanted}\" ]; do sleep 0.05; done; stty size")
+    };
     let script = format!("{}; {}; tty; exit 4", size("33 101"), size("22 77"));
     let mut stream = open(&["sh", "-c", &script], true)?;
     stream.send(RESIZE, br#"{"Width": 101, "Height": 33}"#)?;
