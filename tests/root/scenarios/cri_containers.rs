@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::Scenario;
 use crate::bed::{Node, wait_for};
@@ -58,6 +58,8 @@ fn stop(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
         pod.wait_log(name, "up")?;
         record.outcome(&format!("{name} stop"), &cri.stop(&id, grace));
         record.outcome(name, &cri.verbose(&id));
+        let wanted = if name == "polite" { 7 } else { 137 };
+        ensure!(cri.status(&id)?.exit_code == wanted, "{:?}", cri.status(&id)?);
         record.outcome(&format!("{name} again"), &cri.stop(&id, grace));
         record.note(&format!("{name}'s output"), without_times(&pod.log(name)?));
     }
@@ -104,6 +106,8 @@ fn oom(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     let all = pod.start_with("all", &["tail", "/dev/zero"], record, limited)?;
     cri.wait_state(&all, EXITED)?;
     reason_comes(cri, &all);
+    let killed = cri.status(&all)?;
+    ensure!(killed.reason == "OOMKilled" && killed.exit_code == 137, "{killed:?}");
     record.outcome("process 1", &cri.verbose(&all));
     // one that survives its child's death ends with its own status
     let child =

@@ -78,7 +78,8 @@ fn attach(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     let pod = Pod::run(cri, handler, "attach", record)?;
     for tty in [false, true] {
         let name = if tty { "terminal" } else { "pipes" };
-        let script = "stty -echo 2> /dev/null; echo ready; while read x; do echo got $x; [ $x != err ] || echo woe >&2; [ $x != end ] || exit 6; done; echo eof; exit 5";
+        // it waits before its end: containerd lets go of an attached stdout when stderr ends, whatever is still on its way there
+        let script = "stty -echo 2> /dev/null; echo ready; while read x; do echo got $x; [ $x != err ] || echo woe >&2; [ $x != end ] || { sleep 0.5; exit 6; }; done; echo eof; exit 5";
         let id = pod.start_with(name, &["sh", "-c", script], record, |config| {
             config.stdin = true;
             config.tty = tty;
