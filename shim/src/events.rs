@@ -37,6 +37,8 @@ use tokio::{
 const QUEUE: usize = 2048;
 /// How often an event is tried again.
 const RETRIES: u32 = 5;
+/// What the first try waits for the second; each next waits that much longer.
+const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 1000 });
 /// How often it is looked whether containerd is back.
 const AWAY: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 /// How long containerd may take to accept a connection or an event.
@@ -172,7 +174,7 @@ async fn deliver(queue: Arc<Queue>, address: String) {
                 tries += 1;
                 if tries <= RETRIES {
                     log::warn!("event {} was not delivered, try {tries}: {e:#}", head.topic);
-                    sleep(Duration::from_secs(tries.into())).await;
+                    sleep(PAUSE * tries).await;
                     continue;
                 }
                 log::error!("event {} is given up: {e:#}", head.topic);
