@@ -181,8 +181,11 @@ fn case(scratch: &Path, seed: u64) -> Result<Stats> {
     let _tmpfs = if rng.below(4) == 0 { Some(Mounted::tmpfs(base.path())?) } else { None };
     let result =
         if rng.below(4) == 0 { whole_tree(base.path(), &mut rng) } else { overlay(base.path(), &mut rng) };
-    empty_all(base.path())?;
-    result
+    // a case that failed may have left a mount, in which nothing can be emptied: its own error comes first
+    let emptied = empty_all(base.path());
+    let stats = result?;
+    emptied?;
+    Ok(stats)
 }
 
 /// Immutable files would keep the scratch directory alive.
