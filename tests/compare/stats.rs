@@ -19,7 +19,9 @@ const EXACT: [&str; 9] = [
 ];
 
 /// Fields that are zero or not by chance: what the kernel has counted so far.
-const CHANCE: [&str; 16] = [
+const CHANCE: [&str; 17] = [
+    // v2's list is empty until something came from a disk and not from the page cache
+    "io.usage",
     "memory.dirty",
     "memory.writeback",
     "cpu.usage.user",
@@ -68,7 +70,7 @@ fn walk(message: &dyn MessageDyn, prefix: &str, fields: &mut Vec<String>) {
                 Some(value) => leaf(&name, &value.to_string(), fields),
                 None => {}
             },
-            ReflectFieldRef::Repeated(list) if !list.is_empty() => {
+            ReflectFieldRef::Repeated(list) if !list.is_empty() && !CHANCE.contains(&name.as_str()) => {
                 // how many entries there are is up to the machine's disks and processors
                 fields.push(format!("{name}[]"));
                 if let ReflectValueRef::Message(inner) = list.get(0) {
