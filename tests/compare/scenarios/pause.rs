@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::bed::patient;
 use crate::calls::{Call, NewExec};
 use crate::making::New;
 use crate::spec::{self, Spec};
@@ -89,9 +90,9 @@ fn paused_killed(s: &mut Subject) -> Result<()> {
 fn paused_killed_all(s: &mut Subject) -> Result<()> {
     s.run_ready(Spec::sh("sleep 1000 & echo ready; wait").no_pid_namespace())?;
     let _ = s.call(Call::Pause);
-    // on cgroup v1 the signal waits with them
+    // on cgroup v1 the signal waits with them, on v2 they end
     let _ = s.call(Call::KillAll(9));
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    std::thread::sleep(patient(std::time::Duration::from_millis(200)));
     let _ = s.call(Call::State(""));
     let _ = s.call(Call::Resume);
     let _ = s.call(Call::Wait(""));
