@@ -32,7 +32,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::images::{IMAGES_CAP, MemoryImage};
 use super::mm_image::Mappings;
 use super::page_server::{ImageKind, PE_LAZY, PE_PRESENT, PageEvent, page_size};
-use crate::memory::store::Store;
+use crate::memory::store::{Found, Store};
 use crate::memory::{RangeSet, Space};
 
 /// Of each main stack, so much is wanted at once.
@@ -282,13 +282,11 @@ impl Part {
             bail!("pages {:#x}..{:#x} are still on the source and cannot be lazy", first.start, first.end);
         }
         let here = holes.difference(&remote);
-        // there may be very many pieces, and the tasks stand still
-        let data = here.intersection(&store.data(space));
-        let empty = here.difference(&data);
-        if let Some(first) = empty.difference(&store.zero_pages(space)).iter().next() {
+        let Found { data, unknown } = store.find(space, &here);
+        if let Some(first) = unknown.iter().next() {
             bail!("pages {:#x}..{:#x} never came", first.start, first.end);
         }
-        let zero = empty.difference(&zero_by_itself);
+        let zero = here.difference(&data).difference(&zero_by_itself);
         let lazy = data.intersection(&may_wait);
         let stored = data.difference(&lazy);
         let stacks = lazy.intersection(&mappings.stacks());

@@ -40,6 +40,14 @@ pub struct Store {
     spaces: BTreeMap<Space, Held>,
 }
 
+/// See [`Store::find`].
+pub struct Found {
+    /// There are bytes of it.
+    pub data: RangeSet,
+    /// Nothing is known of it.
+    pub unknown: RangeSet,
+}
+
 impl Store {
     /// An empty store that takes at most `cap` bytes.
     pub fn new(cap: u64) -> Result<Self> {
@@ -147,9 +155,15 @@ impl Store {
         self.spaces.get(&space).map(|h| h.data.to_set()).unwrap_or_default()
     }
 
-    /// What is known to be zero, and was not put.
-    pub fn zero_pages(&self, space: Space) -> RangeSet {
-        self.spaces.get(&space).map(|h| h.zero.clone()).unwrap_or_default()
+    /// What of `wanted` there are bytes of, and what of it was neither put nor zeroed. There may be very many pieces, and who asks this
+    /// has frozen tasks waiting.
+    pub fn find(&self, space: Space, wanted: &RangeSet) -> Found {
+        let data = wanted.intersection(&self.data(space));
+        let mut unknown = wanted.difference(&data);
+        if let Some(held) = self.spaces.get(&space) {
+            unknown = unknown.difference(&held.zero);
+        }
+        Found { data, unknown }
     }
 
     /// Every space that anything was put or zeroed in.

@@ -89,13 +89,18 @@ fn frames(config: &NetConfig, name: &str) -> Vec<Vec<u8>> {
 fn send(outs: &[Out]) -> Result<()> {
     for out in outs {
         for frame in &out.frames {
-            let to = [frame[0], frame[1], frame[2], frame[3], frame[4], frame[5]];
-            let address = link_address(out.index, u16::from_ne_bytes([frame[12], frame[13]]), to);
+            let address = frame_address(out.index, frame);
             sendto(out.socket.as_raw_fd(), frame, &address, MsgFlags::MSG_DONTWAIT)
                 .context("sending a frame")?;
         }
     }
     Ok(())
+}
+
+/// Where this frame goes from a packet socket: out of link `index`, to whom and as what its header says.
+pub(super) fn frame_address(index: u32, frame: &[u8]) -> nix::sys::socket::LinkAddr {
+    let to = [frame[0], frame[1], frame[2], frame[3], frame[4], frame[5]];
+    link_address(index, u16::from_ne_bytes([frame[12], frame[13]]), to)
 }
 
 /// The address of a packet socket. `protocol` is in network order, as in a frame; link 0 stands for all.

@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, bind, recvmsg, sendto, socket,
 };
 
-use super::announce::link_address;
+use super::announce::{frame_address, link_address};
 use super::netns;
 use super::port::{self, Names};
 use super::repair::set;
@@ -192,8 +192,7 @@ pub fn deliver(netns: BorrowedFd<'_>, packets: &[Packet]) -> Result<usize> {
     for packet in packets.iter().filter(|p| p.is_sane()) {
         let Some((_, end)) = ends.iter().find(|(link, _)| link.name == packet.link) else { continue };
         let frame = &packet.frame;
-        let to = [frame[0], frame[1], frame[2], frame[3], frame[4], frame[5]];
-        let address = link_address(end.index, u16::from_ne_bytes([frame[12], frame[13]]), to);
+        let address = frame_address(end.index, frame);
         let bytes = [&packet.offload.to_bytes(), &frame[..]].concat();
         match sendto(out.as_raw_fd(), &bytes, &address, MsgFlags::MSG_DONTWAIT) {
             Ok(_) => delivered += 1,

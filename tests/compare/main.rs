@@ -180,8 +180,6 @@ fn main() {
     // scenarios of one bed would see each other's remains
     args.test_threads = Some(1);
     let require = std::env::var_os("TRANSSHIP_REQUIRE").is_some();
-    let only = std::env::var("TRANSSHIP_TEST_ONLY").ok();
-    let wanted = |name: &str| only.as_deref().is_none_or(|o| o.split_whitespace().any(|o| o == name));
     let mut trials = Vec::new();
     let mut all_shared = Vec::new();
     for containerd in Containerd::ALL {
@@ -201,7 +199,7 @@ fn main() {
             trials.push(Trial::test(format!("{containerd}::{name}"), test).with_ignored_flag(ignored));
         };
         add("itself", Box::new(|_| Ok(itself()?)));
-        for scenario in scenarios::all().filter(|s| wanted(s.name)) {
+        for scenario in scenarios::all().filter(|s| requirements::chosen(s.name)) {
             add(scenario.name, Box::new(move |shared| twice(scenario, containerd, shared)));
         }
         add("last", Box::new(move |shared| last(containerd, shared)));

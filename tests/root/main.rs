@@ -105,15 +105,12 @@ fn main() {
     args.test_threads = Some(1);
     // hack/test has just installed everything: what is missing then is a failure, not a reason to skip
     let require = std::env::var_os("TRANSSHIP_REQUIRE").is_some();
-    // more than one filter: names of scenarios, separated by spaces
-    let only = std::env::var("TRANSSHIP_TEST_ONLY").ok();
-    let wanted = |name: &str| only.as_deref().is_none_or(|o| o.split_whitespace().any(|o| o == name));
     let mut trials = Vec::new();
     let mut beds = Vec::new();
     for containerd in Containerd::ALL {
         let shared: Shared = Arc::default();
         beds.push(Arc::clone(&shared));
-        for scenario in scenarios::all().filter(|s| wanted(s.name)) {
+        for scenario in scenarios::all().filter(|s| requirements::chosen(s.name)) {
             let name = format!("{containerd}::{}", scenario.name);
             let missing = requirements::missing(containerd, scenario.needs);
             let ignored = missing.is_some() && !require;

@@ -33,6 +33,12 @@ pub fn bin_dir() -> PathBuf {
     std::env::var_os("TRANSSHIP_BIN_DIR").map(PathBuf::from).or_else(beside).unwrap_or_default()
 }
 
+/// Is a scenario to be run? TRANSSHIP_TEST_ONLY is more than one filter: names, separated by spaces.
+pub fn chosen(name: &str) -> bool {
+    let only = std::env::var("TRANSSHIP_TEST_ONLY").ok();
+    only.is_none_or(|o| o.split_whitespace().any(|o| o == name))
+}
+
 /// Where `hack/setup` puts what it unpacks.
 pub fn opt() -> PathBuf {
     std::env::var_os("TRANSSHIP_OPT").map_or_else(|| "/opt/transship".into(), PathBuf::from)

@@ -87,12 +87,13 @@ impl Engine {
         }
         for (space, set) in &sets.lazy {
             let entry = planned.entry(*space).or_insert_with(|| (RangeSet::new(), RangeSet::new()));
-            let unknown = set.difference(&store.covered(*space)).difference(&entry.1);
+            let found = store.find(*space, set);
+            let unknown = found.unknown.difference(&entry.1);
             if let Some(first) = unknown.iter().next() {
                 bail!("{} bytes of {space:?} are nowhere, the first at {:#x}", unknown.bytes(), first.start);
             }
             // A page that is known to be zero waits for nothing. What is on the source is newer than what is here.
-            entry.0 = set.intersection(&store.data(*space)).difference(&entry.1);
+            entry.0 = found.data.difference(&entry.1);
         }
         if let Some(space) = planned.keys().find(|s| s.kind != ImageKind::Pid) {
             bail!("{space:?} cannot be restored lazily");

@@ -4,7 +4,6 @@
 mod beside;
 mod listed;
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::mpsc;
@@ -23,7 +22,7 @@ use super::layers::Layers;
 use super::precopy::{Ahead, Next, merge};
 use super::prepared::Prepared;
 use super::protocol::Frozen;
-use super::report::{Clock, Report, millis};
+use super::report::{Clock, Report};
 use super::source::SourceTask;
 use super::still::Still;
 use super::tmpfs::Tmpfs;
@@ -107,13 +106,13 @@ pub(super) fn freeze(
     let times = KeptTimes::of(&rootfs);
     let (objects, concealed) = mpsc::channel();
     let listener = Listener::new(cx.link, objects);
-    let layer_at = Cell::new((0.0, 0.0));
+    let mut layer = Items::new(since);
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
-        let from = millis(since.elapsed());
+        let from = layer.now();
         times.put_back();
         layers.last(&pids, &mut listener.sender.borrow_mut())?;
-        layer_at.set((from, millis(since.elapsed()) - from));
+        layer.until_now("layer", from);
         Ok(())
     };
     let mut on_shared = |file| listener.object(file);
@@ -180,9 +179,8 @@ pub(super) fn freeze(
     });
     drop(times);
     items.until_now("CRIU dump", at);
+    items.all.append(&mut layer.all);
     items.all.append(&mut rest.all);
-    let (layer_from, layer_took) = layer_at.get();
-    items.add("layer", layer_from, layer_took);
     let gone = dumped.and_then(|_| gone.context("CRIU ended without saying that it had dumped everything"));
     let (left, sent) = gone.map_err(|e| reason(e, cx, &work))?;
     items.all.sort_by(|a, b| a.start_ms.total_cmp(&b.start_ms));
