@@ -15,23 +15,18 @@ use serde::Deserialize;
 
 /// runc's bind mount of the root for CRIU, below its state directory (libcontainer's restore); crun's is in the bundle.
 const CRIU_ROOT: &str = "criu-root";
-/// How often and how long a directory that is still in use is tried again: a runc whose shim was killed needs a moment to end.
+/// How often, for all that is removed, and how long a thing that is still in use is tried again: a runc whose shim was killed, and what it
+/// was making, need a moment to end.
 const TRIES: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Removes the remains of container `id` below runc's `root`, and its cgroups if nothing is in them. `bundle` is where its
 /// `config.json` lies. Nothing there is fine; what cannot be removed is told and left.
 pub fn clear(root: &Path, id: &str, bundle: &Path) {
+    let mut pauses = TRIES;
     let state = root.join(id);
-    for attempt in 0.. {
-        match remove_state(&state) {
-            Ok(()) => break,
-            Err(e) if attempt >= TRIES => {
-                log::error!("removing {}: {e}", state.display());
-                break;
-            }
-            Err(_) => std::thread::sleep(PAUSE),
-        }
+    if let Err(e) = patiently(&mut pauses, || remove_state(&state)) {
+        log::error!("removing {}: {e}", state.display());
     }
     if let Err(e) = unmount(&bundle.join(CRIU_ROOT)).and_then(|()| fs::remove_dir(bundle.join(CRIU_ROOT)))
         && e.kind() != io::ErrorKind::NotFound
@@ -40,10 +35,23 @@ pub fn clear(root: &Path, id: &str, bundle: &Path) {
     }
     for cgroup in cgroups(bundle) {
         // a restore by crun has groups of its own in it
-        if let Err(e) = remove_empty(&cgroup)
-            && e.kind() != io::ErrorKind::NotFound
-        {
+        if let Err(e) = patiently(&mut pauses, || remove_empty(&cgroup)) {
             log::warn!("removing {}: {e}", cgroup.display());
+        }
+    }
+}
+
+/// Tries until it succeeds, there is nothing to remove, or no pause is left. runc dies with its shim, but the first process of the
+/// container that it was making only once it finds that runc is gone: until then it is in the cgroups.
+fn patiently(pauses: &mut u32, remove: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match remove() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(_) if *pauses > 0 => {
+                *pauses -= 1;
+                std::thread::sleep(PAUSE);
+            }
+            other => return other,
         }
     }
 }

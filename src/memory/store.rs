@@ -146,6 +146,7 @@ impl Store {
     }
 
     /// Everything put or zeroed.
+    #[cfg(test)]
     pub fn covered(&self, space: Space) -> RangeSet {
         self.spaces.get(&space).map(|h| h.data.to_set().union(&h.zero)).unwrap_or_default()
     }

@@ -9,22 +9,12 @@ use containerd_client::services::v1::{
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Request, Status};
 use containerd_client::types::{Descriptor, Mount};
-use prost::Message;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use prost_types::Any;
 
 use crate::calls::{Answer, Call, Checkpoint, Failure, Field, Outcome, time};
 use crate::{spec, stats};
-
-/// `containerd.runc.v1.CheckpointOptions`, the fields that are used here.
-#[derive(Message)]
-struct CheckpointOptions {
-    #[prost(bool, tag = "1")]
-    exit: bool,
-    #[prost(string, tag = "8")]
-    image_path: String,
-    #[prost(string, tag = "9")]
-    work_path: String,
-}
 
 /// containerd's Tasks in one namespace.
 #[derive(Clone)]
@@ -193,11 +183,14 @@ impl Daemon {
         c: &Checkpoint,
         lease: Option<&str>,
     ) -> Result<Vec<Descriptor>, Failure> {
-        let options =
-            CheckpointOptions { exit: c.exit, image_path: c.path.clone(), work_path: c.work.clone() };
+        let (image_path, work_path) = (c.path.clone(), c.work.clone());
+        let options = CheckpointOptions { exit: c.exit, image_path, work_path, ..Default::default() };
         let any = match c.odd_options {
             Some(kind) => Any { type_url: kind.into(), value: Vec::new() },
-            None => Any { type_url: spec::CHECKPOINT_OPTIONS.into(), value: options.encode_to_vec() },
+            None => Any {
+                type_url: spec::CHECKPOINT_OPTIONS.into(),
+                value: options.write_to_bytes().expect("plain fields"),
+            },
         };
         let request =
             CheckpointTaskRequest { container_id: id.to_owned(), options: Some(any), ..Default::default() };

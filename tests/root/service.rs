@@ -5,19 +5,11 @@ use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::{CheckpointTaskRequest, UpdateTaskRequest};
 use containerd_client::tonic::Request;
 use containerd_client::tonic::transport::Channel;
-use prost::Message;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim::oci::CheckpointOptions;
 use prost_types::Any;
 
 use crate::bed::{Bed, Node};
-
-/// `containerd.runc.v1.CheckpointOptions`, of which only these fields are used here (numbers from containerd's api/types/runc/options).
-#[derive(Message)]
-struct CheckpointOptions {
-    #[prost(bool, tag = "1")]
-    exit: bool,
-    #[prost(string, tag = "8")]
-    image_path: String,
-}
 
 fn call<T>(bed: &Bed, node: Node, ask: impl AsyncFnOnce(TasksClient<Channel>) -> Result<T>) -> Result<T> {
     let socket = bed.path(node, "/run/containerd/containerd.sock")?;
@@ -36,9 +28,9 @@ fn request<T>(message: T) -> Request<T> {
 
 /// `ctr task checkpoint [--exit] [--image-path DIR]` as ctr asks for it of a task of runc's runtime.
 pub fn checkpoint(bed: &Bed, node: Node, id: &str, exit: bool, image_path: &str) -> Result<()> {
-    let options = CheckpointOptions { exit, image_path: image_path.into() };
+    let options = CheckpointOptions { exit, image_path: image_path.into(), ..Default::default() };
     let options =
-        Any { type_url: "containerd.runc.v1.CheckpointOptions".into(), value: options.encode_to_vec() };
+        Any { type_url: "containerd.runc.v1.CheckpointOptions".into(), value: options.write_to_bytes()? };
     let message =
         CheckpointTaskRequest { container_id: id.into(), options: Some(options), ..Default::default() };
     call(bed, node, async |mut tasks| {
