@@ -30,6 +30,7 @@ pub mod containerd;
 pub mod control;
 pub mod criu;
 pub mod doctor;
+pub mod journal;
 pub mod memory;
 pub mod migrate;
 pub mod net;

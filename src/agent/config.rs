@@ -128,6 +128,9 @@ pub struct Config {
     pub accept_from: Vec<String>,
     /// The most containers that may arrive at the same time.
     pub max_incoming: usize,
+    /// The most containers that leave this node may stand still at the same time (others are copied meanwhile); 0: half as many as
+    /// there are processors.
+    pub max_frozen: u32,
     /// How containers leave.
     pub migration: Migration,
 }
@@ -150,6 +153,7 @@ impl Default for Config {
             criu: None,
             accept_from: Vec::new(),
             max_incoming: 32,
+            max_frozen: 0,
             migration: Migration::default(),
         }
     }
@@ -220,6 +224,10 @@ impl Config {
             },
             criu: self.criu.clone(),
             memory_cap,
+            max_frozen: match self.max_frozen {
+                0 => std::thread::available_parallelism().map_or(1, |n| (n.get() as u32 / 2).max(1)),
+                most => most,
+            },
             images_dir: self.images_dir.clone(),
         }
     }
@@ -253,6 +261,7 @@ mod tests {
             criu = "/opt/criu/bin/criu"
             accept_from = ["node-b"]
             max_incoming = 2
+            max_frozen = 3
             [migration]
             mode = "pre-copy"
             max_downtime = "1.5s"
@@ -266,6 +275,8 @@ mod tests {
         assert_eq!(config.silence(0), Duration::from_secs(3));
         assert_eq!(config.silence(9999), Duration::from_secs(600));
         assert_eq!(config.limits(0, 0, 1).ghost_limit, 1);
+        assert_eq!(config.limits(0, 0, 1).max_frozen, 3);
+        assert!(Config::default().limits(0, 0, 1).max_frozen > 0);
         assert_eq!(config.limits(5, 1 << 40, 1).ghost_limit, u32::MAX);
         let want = Tuning {
             mode: Mode::PreCopy,

@@ -28,7 +28,10 @@ use super::{
 use crate::{
     containerd::{Containerd, content::check_digest, image::Blob},
     control::{self, ReceiveRequest},
-    migrate::protocol::{Failure, select},
+    migrate::{
+        fault,
+        protocol::{Failure, select},
+    },
 };
 
 /// Speaks with one authenticated peer until it is done.
@@ -112,9 +115,6 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
             log::warn!("taking {namespace}/{id} from {peer}: {failed:#}");
             let migration = placement.migration.clone();
             let left = placement.undo().await;
-            if left.is_empty() {
-                outcome::keep(&migration, peer, Fate::Aborted);
-            }
             let failure = match failed.downcast::<Failure>() {
                 Ok(failure) => failure,
                 Err(error) => Failure {
@@ -124,6 +124,9 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
                     ..Failure::default()
                 },
             };
+            if left.is_empty() && !failure.ran {
+                outcome::keep(&migration, peer, Fate::Aborted);
+            }
             link.say(Message::Failed { failure, left }).await
         }
     }
@@ -206,11 +209,12 @@ async fn take(
     from: IpAddr,
 ) -> Result<Started> {
     let blob_bytes = image(link, placement).await?;
+    fault::pause("prepare", &placement.offer.record.id).await;
     placement.network().await?;
     placement.container().await?;
     placement.task().await?;
     let (secret, source) = (ticket.secret.clone(), ticket.source.clone());
-    let mut expected = agent.pending.expect(ticket, from);
+    let mut expected = agent.pending.expect(ticket.renewed(Instant::now()), from);
     link.say(Message::Ready(Ready {
         migration: placement.migration.clone(),
         ticket: secret.clone(),
@@ -238,6 +242,7 @@ async fn take(
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
     let warnings = follow(&namespace, &id, request, vec![connection.into()], Some(link)).await?;
+    fault::pause("arrived", &id).await;
     // the shim has it running; this tells containerd
     let pid = placement.containerd().task_start(&id).await.map_err(|error| {
         log::error!("{namespace}/{id} runs, but containerd could not be told: {error:#}");
@@ -306,7 +311,9 @@ pub async fn follow(
                 }
                 None => {
                     let message = format!("the shim of {id} died");
-                    return Err(Failure { phase, message, ..Failure::default() }.into());
+                    // it was about to open the gate, or had
+                    let ran = phase == "resume";
+                    return Err(Failure { phase, message, ran, ..Failure::default() }.into());
                 }
             },
             why = watch => {

@@ -7,11 +7,12 @@ use anyhow::{Context, Result};
 use super::{
     Agent,
     outcome::{self, Fate},
-    placed::Placed,
+    placed::{Placed, Step},
 };
 use crate::{
     containerd::{Containerd, Namespace},
     control::{self, MigrationState, RUN_DIR},
+    journal,
 };
 
 /// How long to wait before containerd is asked again for its events.
@@ -38,6 +39,7 @@ async fn try_sweep(agent: &Agent) -> Result<()> {
             unfinished(&namespace, placed).await;
         }
     }
+    super::departed::resume(&containerd)?;
     markers()?;
     for namespace in containerd.namespaces().await? {
         let namespace = containerd.namespace(&namespace)?;
@@ -56,6 +58,18 @@ async fn try_sweep(agent: &Agent) -> Result<()> {
 /// it was committed.
 async fn unfinished(containerd: &Namespace, mut placed: Placed) {
     let name = format!("{}/{}", placed.namespace, placed.id);
+    if placed.is_of_another_boot() && journal::is_committed(&placed.migration) {
+        // its source has deleted its own copy, or will: the files here are all there is
+        log::warn!(
+            "leftover: {name} came from {} and ended with the machine; it can be started anew",
+            placed.from
+        );
+        outcome::keep(&placed.migration, &placed.from, Fate::Runs);
+        if let Err(error) = finish(containerd, &mut placed).await {
+            log::warn!("{name}: {error:#}");
+        }
+        return;
+    }
     let mut inspected = control::client::inspect(&placed.namespace, &placed.id).await.ok();
     if inspected.as_ref().is_some_and(|i| i.status == "incoming") {
         // it may be anywhere between its beginning and its commit; the shim knows
@@ -90,12 +104,47 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
         outcome::keep(&placed.migration, &placed.from, Fate::Runs);
         // what was sent when it came may have been lost
         outcome::announce_again(&placed.migration).await;
-        containerd.lease_delete(&placed.lease(), false).await?;
-        (placed.complete, placed.steps) = (true, Vec::new());
-        placed.save()
+        finish(containerd, &mut placed).await
     };
     if let Err(error) = finished.await {
         log::warn!("{name}: {error:#}");
+    }
+}
+
+/// What was made for it stays.
+async fn finish(containerd: &Namespace, placed: &mut Placed) -> Result<()> {
+    (placed.complete, placed.steps) = (true, vec![Step::Lease]);
+    placed.save()?;
+    journal::forget_commit(&placed.migration)?;
+    placed.release(containerd).await
+}
+
+/// Tries again what could not be done when a container arrived, or when its arrival was undone, for want of containerd; never ends.
+pub async fn tidy(agent: Arc<Agent>) {
+    loop {
+        tokio::time::sleep(RETRY).await;
+        let waiting = |p: &Placed| !p.complete || p.steps.contains(&Step::Lease);
+        let idle = |p: &Placed| agent.busy.what(&p.namespace, &p.id).is_none();
+        let mut left: Vec<_> = Placed::all().into_iter().filter(|p| waiting(p) && idle(p)).collect();
+        if left.is_empty() {
+            continue;
+        }
+        let Ok(containerd) = Containerd::connect(&agent.config.containerd).await else { continue };
+        for placed in &mut left {
+            let (namespace, id) = (placed.namespace.clone(), placed.id.clone());
+            let Some(_busy) = agent.busy.enter(&namespace, &id, "being tidied up") else { continue };
+            // it may have come to its end since it was read
+            let Some(mut placed) = Placed::load(&namespace, &id).filter(waiting) else { continue };
+            let Ok(containerd) = containerd.namespace(&namespace) else { continue };
+            match placed.complete {
+                false => unfinished(&containerd, placed).await,
+                true => {
+                    if let Err(error) = placed.release(&containerd).await {
+                        log::debug!("{namespace}/{id}: {error:#}");
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -122,6 +171,26 @@ fn images(dir: &Path) {
         if let Err(error) = fs::remove_dir_all(&path) {
             log::warn!("removing {}: {error}", path.display());
         }
+    }
+}
+
+/// Images of a migration whose shim on this node, its source, has died: they hold memory and are nobody's any more. A CRIU that dumped into
+/// them may need a moment to end.
+pub async fn images_of_source(dir: &Path, migration: &str) {
+    let path = dir.join(format!("{migration}-source"));
+    for _ in 0..50 {
+        if !path.exists() {
+            return;
+        }
+        let looked = path.clone();
+        if matches!(tokio::task::spawn_blocking(move || in_use(&looked)).await, Ok(false)) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    log::info!("leftover: images {}; removed", path.display());
+    if let Err(error) = super::netns::gone(fs::remove_dir_all(&path)) {
+        log::warn!("removing {}: {error}", path.display());
     }
 }
 

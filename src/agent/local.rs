@@ -13,6 +13,7 @@ use super::{
         CheckpointReport, CheckpointRequest, Decision, ErrorReport, Event, ExitCode, Reply, ResolveRequest,
         RestoreReport, RestoreRequest,
     },
+    departed::clean_up,
     destination::{follow, no_blobs},
     examine::{describe, image_of},
     message::{Offer, Refusal},
@@ -20,7 +21,6 @@ use super::{
     placement::{Placement, plain, situation},
     pod, preflight,
     reporter::Reporter,
-    source::clean_up,
     spec,
 };
 use crate::{

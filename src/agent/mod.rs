@@ -12,6 +12,7 @@
 //! | [`setback`] | what its operator is told when that fails |
 //! | [`destination`] | this node takes a container |
 //! | [`filling`] | one that runs here while memory of it is still on the source |
+//! | [`departed`] | what is left of containers that have gone to another node |
 //! | [`placement`] | making a container here step by step |
 //! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
 //! | [`preflight`], [`host`], [`spec`], [`pod`] | does it fit here, may it leave |
@@ -40,6 +41,7 @@ use tokio::sync::Semaphore;
 
 pub mod api;
 pub mod config;
+pub mod departed;
 pub mod destination;
 pub mod examine;
 pub mod filling;
@@ -159,6 +161,7 @@ pub async fn serve(config: Config) -> Result<()> {
         _ = server::serve_peers(agent.clone(), peers) => {}
         _ = server::serve_cli(agent.clone(), cli) => {}
         () = leftovers::follow_deletions(agent.clone()) => {}
+        () = leftovers::tidy(agent.clone()) => {}
         _ = terminate.recv() => log::info!("SIGTERM: going"),
         _ = tokio::signal::ctrl_c() => log::info!("SIGINT: going"),
     }

@@ -13,11 +13,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Agent, filling, layer::name, message::Message, peer, placed::Placed};
+use super::{Agent, departed::clean_up, filling, layer::name, message::Message, peer, placed::Placed};
 use crate::{
     containerd::{Containerd, Namespace, record::Record},
-    control::{self, Decision, MigrationState, RUN_DIR},
-    net,
+    control::{self, Decision, MigrationState},
+    journal, net,
 };
 
 /// What became of a migration.
@@ -54,19 +54,15 @@ const MOST: usize = 4096;
 
 fn path(migration: &str) -> Option<PathBuf> {
     let fine = migration.len() == 32 && migration.bytes().all(|b| b.is_ascii_hexdigit());
-    fine.then(|| PathBuf::from(RUN_DIR).join("outcomes").join(migration))
+    fine.then(|| journal::dir("outcomes").join(format!("{migration}.json")))
 }
 
 /// Keeps the fate of a migration that came from `source`.
 pub fn keep(migration: &str, source: &str, fate: Fate) {
     let Some(path) = path(migration) else { return };
     let write = || -> Result<()> {
-        let dir = path.parent().context("no directory")?;
-        fs::create_dir_all(dir)?;
-        let staged = path.with_extension("new");
-        fs::write(&staged, serde_json::to_vec(&Kept { fate, source: source.into() })?)?;
-        fs::rename(&staged, &path)?;
-        forget(dir)
+        journal::write(&path, &Kept { fate, source: source.into() })?;
+        forget(path.parent().context("no directory")?)
     };
     if let Err(error) = write() {
         log::warn!("keeping the outcome of migration {migration}: {error:#}");
@@ -88,7 +84,7 @@ fn forget(dir: &std::path::Path) -> Result<()> {
 
 /// The fate of a migration, as far as `source` may know.
 pub fn recall(migration: &str, source: &str) -> Fate {
-    let kept = path(migration).and_then(|p| serde_json::from_slice::<Kept>(&fs::read(p).ok()?).ok());
+    let kept = path(migration).and_then(|p| journal::read::<Kept>(&p));
     kept.filter(|k| k.source == source).map_or(Fate::Unknown, |k| k.fate)
 }
 
@@ -153,12 +149,12 @@ impl Undecided {
         }
     }
 
-    /// Asks until the destination knows how the container's last memory fared, up to `limit`. Nothing is done about it.
-    pub async fn hear_of_loss(&self, agent: &Agent, limit: Duration) -> Option<Fate> {
+    /// Asks until the destination knows what became of it, up to `limit`. Nothing is done about it.
+    pub async fn hear_of_end(&self, agent: &Agent, limit: Duration) -> Option<Fate> {
         let start = Instant::now();
         while start.elapsed() < limit {
             match tokio::time::timeout(limit, self.question(agent)).await {
-                Ok(Ok(fate @ (Fate::Runs | Fate::Lost | Fate::GivenBack))) => return Some(fate),
+                Ok(Ok(fate)) if fate != Fate::Unknown => return Some(fate),
                 Ok(Err(error)) => log::debug!("asking {}: {error:#}", self.to),
                 _ => {}
             }
@@ -217,7 +213,7 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
                 MigrationState::Undecided { migration_id, address, .. } => (migration_id, address),
                 MigrationState::Moved { .. } => {
                     log::info!("leftover: {namespace}/{} has moved; removing what is left of it", record.id);
-                    for note in super::source::clean_up(&containerd, &record, true, false).await {
+                    for note in clean_up(&containerd, &record, true, false).await {
                         log::info!("{namespace}/{}: {note}", record.id);
                     }
                     continue;
@@ -235,7 +231,7 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
             let agent = agent.clone();
             tokio::spawn(async move {
                 if matches!(undecided.pursue(&agent).await, Fate::Runs | Fate::Lost) {
-                    super::source::clean_up(&undecided.containerd, &undecided.record, true, false).await;
+                    clean_up(&undecided.containerd, &undecided.record, true, false).await;
                 }
             });
         }

@@ -54,6 +54,12 @@ impl Ticket {
             expires: now + TICKET_LIFE,
         })
     }
+
+    /// Its life begins now: what was done since it was issued (an image that came along) may have taken longer.
+    pub fn renewed(mut self, now: Instant) -> Ticket {
+        self.expires = now + TICKET_LIFE;
+        self
+    }
 }
 
 struct Waiting {

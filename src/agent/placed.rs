@@ -1,15 +1,10 @@
-//! What this node keeps of containers that came from elsewhere: a small file for each, on tmpfs.
+//! What this node keeps of containers that came from elsewhere: a small durable file for each ([`crate::journal`]).
 //!
 //! While the container is being made it is a journal: each step is written down before it is taken, so that an agent that
 //! was killed finds on its next start what there is to undo. Afterwards it remembers what was made for the container
 //! (network namespace, FIFOs): whoever deletes the container with containerd's own tools knows nothing of these.
 
-use std::{
-    fs,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fs, os::unix::net::UnixStream, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -17,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use super::netns::{gone, key};
 use crate::{
     containerd::Namespace,
-    control::{RUN_DIR, incoming_marker, socket_path},
-    net,
+    control::{incoming_marker, socket_path},
+    journal, net,
 };
 
 /// How long a task that is undone may take to end.
@@ -64,6 +59,8 @@ pub struct Placed {
     pub cold: bool,
     /// It has arrived.
     pub complete: bool,
+    /// The run of the machine in which it came.
+    pub boot: String,
     /// What was made, in order, until it was complete.
     pub steps: Vec<Step>,
     /// The snapshotter that has its writable layer.
@@ -78,31 +75,36 @@ pub struct Placed {
 
 impl Placed {
     fn path(namespace: &str, id: &str) -> PathBuf {
-        Path::new(RUN_DIR).join("placed").join(key(namespace, id) + ".json")
+        journal::dir("placed").join(key(namespace, id) + ".json")
     }
 
     /// What is remembered of a container; `None` if it did not come from elsewhere.
     pub fn load(namespace: &str, id: &str) -> Option<Placed> {
-        serde_json::from_slice(&fs::read(Placed::path(namespace, id)).ok()?).ok()
+        journal::read(&Placed::path(namespace, id)).map(Placed::of_this_boot)
     }
 
     /// All of them.
     pub fn all() -> Vec<Placed> {
-        let dir = fs::read_dir(Path::new(RUN_DIR).join("placed"));
-        let files = dir.into_iter().flatten().flatten();
-        files.filter_map(|f| serde_json::from_slice(&fs::read(f.path()).ok()?).ok()).collect()
+        journal::all(&journal::dir("placed")).into_iter().map(Placed::of_this_boot).collect()
+    }
+
+    /// What was made on tmpfs, or ran, before the machine was switched off is gone; what has its name now is somebody else's.
+    fn of_this_boot(mut self) -> Placed {
+        if !self.boot.is_empty() && self.boot != journal::boot() {
+            (self.netns, self.fifos) = (None, None);
+            self.steps.retain(|s| !matches!(s, Step::Places | Step::Marker | Step::Images(_)));
+        }
+        self
+    }
+
+    /// It was begun before the machine was switched off.
+    pub fn is_of_another_boot(&self) -> bool {
+        !self.boot.is_empty() && self.boot != journal::boot()
     }
 
     /// Writes it down.
     pub fn save(&self) -> Result<()> {
-        let path = Placed::path(&self.namespace, &self.id);
-        let staged = path.with_extension("new");
-        let write = || {
-            fs::create_dir_all(path.parent().unwrap_or(&path))?;
-            fs::write(&staged, serde_json::to_vec(self)?)?;
-            fs::rename(&staged, &path)
-        };
-        write().with_context(|| format!("writing {}", path.display()))
+        journal::write(&Placed::path(&self.namespace, &self.id), self)
     }
 
     /// A step is about to be taken.
@@ -124,11 +126,17 @@ impl Placed {
         format!("transship-{}", self.migration)
     }
 
+    /// Of a container that has arrived: what was made for it is kept by its record now, no longer by the lease.
+    pub async fn release(&mut self, containerd: &Namespace) -> Result<()> {
+        containerd.lease_delete(&self.lease(), false).await?;
+        self.not(&Step::Lease)
+    }
+
     /// Removes what was made for the container beside containerd, and the memory of it; blocking. Fine if it is gone.
     pub fn remove(&self) -> Result<()> {
         self.remove_places()?;
-        let path = Placed::path(&self.namespace, &self.id);
-        gone(fs::remove_file(&path)).with_context(|| format!("removing {}", path.display()))
+        journal::remove(&Placed::path(&self.namespace, &self.id))?;
+        journal::forget_commit(&self.migration)
     }
 
     fn remove_places(&self) -> Result<()> {

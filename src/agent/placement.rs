@@ -24,6 +24,7 @@ use super::{
 use crate::{
     containerd::{Namespace, image::Blob, is_already_exists, task::Stdio},
     control::incoming_marker,
+    journal,
 };
 
 /// How long what is being made is kept from containerd's garbage collector, should this agent die.
@@ -69,6 +70,7 @@ impl<'a> Placement<'a> {
             from: from.into(),
             migration: migration.into(),
             cold: offer.cold,
+            boot: journal::boot(),
             snapshotter: offer.record.snapshotter.clone(),
             snapshot_key: offer.record.snapshot_key.clone(),
             ..Placed::default()
@@ -250,10 +252,10 @@ impl<'a> Placement<'a> {
 
     /// Everything worked: what was made stays. Remembers what is to go with the container.
     pub async fn keep(mut self) -> Result<Vec<String>> {
-        self.placed.complete = true;
-        self.placed.steps.clear();
+        (self.placed.complete, self.placed.steps) = (true, vec![Step::Lease]);
         self.placed.save()?;
-        self.plain.lease_delete(&self.placed.lease(), false).await?;
+        journal::forget_commit(&self.migration)?;
+        self.placed.release(&self.plain).await?;
         Ok(std::mem::take(&mut self.warnings))
     }
 

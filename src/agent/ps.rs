@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::{
     Agent,
     api::{ErrorReport, ExitCode, PsEntry, Reply, VersionReport},
+    departed::Departed,
     host::HostFacts,
     message::VERSIONS,
     placed::Placed,
@@ -16,6 +17,9 @@ use crate::{
     control::{self, Inspected, MigrationState},
     migrate::{loss::megabytes, tuning::OnPostCopyFailure},
 };
+
+/// Of one that has moved.
+const LEAVING: &str = "runs on another node; what is left here is being removed";
 
 /// Lists the containers of a namespace, or of all.
 pub async fn list(agent: &Agent, namespace: &str) -> Result<Reply, ErrorReport> {
@@ -41,7 +45,11 @@ pub async fn list(agent: &Agent, namespace: &str) -> Result<Reply, ErrorReport> 
                     None => None,
                 };
                 let busy = agent.busy.what(&namespace, &record.id);
-                entries.push(entry(&namespace, &record, task, shim.as_ref(), busy));
+                let mut listed = entry(&namespace, &record, task, shim.as_ref(), busy);
+                if Departed::is(&namespace, &record) {
+                    (listed.state, listed.detail) = ("moved".into(), LEAVING.into());
+                }
+                entries.push(listed);
             }
         }
         entries.sort_by(|a, b| (&a.namespace, &a.container).cmp(&(&b.namespace, &b.container)));
@@ -95,9 +103,7 @@ fn entry(
                 aftermath(*choice, peer)
             ),
         ),
-        (Some(MigrationState::Moved { .. }), _) => {
-            ("moved".into(), "runs on another node; what is left here is being removed".into())
-        }
+        (Some(MigrationState::Moved { .. }), _) => ("moved".into(), LEAVING.into()),
         (_, None) => ("none".into(), busy.unwrap_or_default()),
         (None, Some(task)) if task.pid != 0 => (task.status.name().into(), "its shim does not answer".into()),
         (_, Some(task)) => {

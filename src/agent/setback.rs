@@ -8,13 +8,13 @@ use anyhow::Result;
 use super::{
     Agent,
     api::{ErrorReport, ExitCode},
+    departed::clean_up,
     examine::Subject,
     link::Link,
-    message::Message,
+    message::{Message, Started},
     outcome::{Fate, Undecided},
     peer,
     reporter::Reporter,
-    source::clean_up,
 };
 use crate::migrate::{
     loss::{self, Loss},
@@ -162,6 +162,56 @@ pub(super) fn shim_died(agent: &Agent, peer: &str, id: &str, fate: Option<Fate>)
             "{id}'s frozen copy died with the shim; {peer} does not answer, and kills it when it notices"
         ),
     };
+    error
+}
+
+/// The source's shim died before its agent heard of an end: what the destination says, to which the rest was left. `Err`: it gave
+/// up, or (None) does not answer.
+pub(super) async fn hear_of_end(
+    agent: &Agent,
+    link: &mut Link,
+    undecided: &Undecided,
+    limit: Duration,
+) -> Result<Started, Option<(Failure, Vec<String>)>> {
+    cancel(link, "the source's shim died").await;
+    while !link.is_over() {
+        match tokio::time::timeout(limit * 2, link.hear()).await {
+            Ok(Ok(Message::Started(started))) => return Ok(started),
+            Ok(Ok(Message::Failed { failure, left })) => return Err(Some((failure, left))),
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => break,
+        }
+    }
+    match undecided.hear_of_end(agent, limit * 2).await {
+        Some(Fate::Runs) => Ok(Started::default()),
+        Some(Fate::Aborted) => Err(Some((Failure::default(), Vec::new()))),
+        _ => Err(None),
+    }
+}
+
+/// The source's shim died before the commit, and with it the container; `there`: how the destination ended its part, if it said so.
+pub(super) fn shim_died_before(
+    agent: &Agent,
+    peer: &str,
+    id: &str,
+    there: Option<(Failure, Vec<String>)>,
+) -> ErrorReport {
+    let message = format!("the shim of {id} on {} died while it sent the container", agent.node);
+    let mut error = ErrorReport::new(ExitCode::Failed, message);
+    error.node.clone_from(&agent.node);
+    let (other, advice) = match &there {
+        Some((_, left)) if left.is_empty() => (format!("nothing was left on {peer}"), "start it anew here"),
+        Some((_, left)) => (format!("left on {peer}: {}", left.join("; ")), "start it anew here"),
+        None => (
+            format!("{peer} does not say what became of it"),
+            "look on both nodes by `transship ps` before you start it anew anywhere",
+        ),
+    };
+    error.state = format!(
+        "{id} has ended on {} with its shim, as containers do; its record and files are there; {other}",
+        agent.node
+    );
+    error.advice = advice.into();
     error
 }
 

@@ -3,32 +3,28 @@
 //! Until the shim has committed, every failure leaves the container running here as before; afterwards what is left of
 //! it here is removed. A command line that hangs up changes nothing.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context, Result, bail};
 
 use super::{
     Agent,
     api::{ErrorReport, Event, ExitCode, MigrateRequest, Reply, Report},
+    departed::clean_up,
     examine::{Subject, examine},
     layer::{self, name},
+    leftovers,
     link::{Frame, Link, MAX_DATA},
     message::{Message, Ready, Started},
-    netns,
     outcome::{Fate, Undecided},
     peer::{self, Peer},
-    placed::Placed,
     reporter::Reporter,
     setback::{self, cancel, failed_here, failed_there, follow_undecided, lost, lost_after},
 };
 use crate::{
-    containerd::{Namespace, record::Record},
     control::{self, SendRequest},
     migrate::{fault, loss, protocol::Failure, tuning::OnPostCopyFailure},
 };
-
-/// How long the killed task of a container that has left may take to end.
-const END_LIMIT: Duration = Duration::from_secs(30);
 
 type Outcome<T> = Result<T, ErrorReport>;
 
@@ -100,6 +96,7 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
                 .advice("name another node by --to"),
         ));
     }
+    fault::pause("offer", &request.container).await;
     let offer = Message::Offer(Box::new(subject.offer.clone()));
     let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
         if error.code == ExitCode::Unreachable {
@@ -145,6 +142,7 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     }
     drop(link);
     reporter.phase("cleanup");
+    fault::pause("moved", &request.container).await;
     let task = subject.task.is_some() || subject.inspected.is_some();
     let notes = clean_up(&subject.containerd, &subject.record, task, subject.offer.cold).await;
     report.warnings.extend(notes);
@@ -229,7 +227,7 @@ async fn send(
 ) -> Outcome<Option<Started>> {
     let peer = report.to.clone();
     let start = async {
-        tokio::task::spawn_blocking(|| fault::point("dial")).await.context("a thread")?;
+        fault::pause("dial", &request.container).await;
         let connection = peer::tcp(address).await?.into_std()?;
         // the shim's threads read and write blocking
         connection.set_nonblocking(false)?;
@@ -323,21 +321,34 @@ async fn send(
             Some(control::Event::Inspected(_)) => {}
             None if reporter.phase_name() == loss::PHASE => {
                 // the frozen copy here died with it, with memory that the destination does not have
+                leftovers::images_of_source(&agent.config.images_dir, &ready.migration).await;
                 let (undecided, silence) = undecided();
-                return match undecided.hear_of_loss(agent, silence * 2).await {
+                return match undecided.hear_of_end(agent, silence * 2).await {
                     // it had everything by then
                     Some(Fate::Runs) => Ok(Some(early.unwrap_or_default())),
                     fate => Err(setback::shim_died(agent, &peer, &subject.record.id, fate)),
                 };
             }
             None => {
-                cancel(link, "the source's shim died").await;
-                let mut error = ErrorReport::new(
-                    ExitCode::Failed,
-                    format!("the shim of {} died while it sent the container", subject.record.id),
-                );
-                error.state = "unknown: look at `transship ps` and `ctr task ls` on both nodes".into();
-                return Err(error);
+                // its tasks ended with it; whether the commit went out before, the other side knows
+                leftovers::images_of_source(&agent.config.images_dir, &ready.migration).await;
+                let heard = match (early, there) {
+                    (Some(started), _) => Ok(started),
+                    (None, Some(Ok((failure, left)))) => Err(Some((failure, left))),
+                    (None, _) => {
+                        let (undecided, silence) = undecided();
+                        setback::hear_of_end(agent, link, &undecided, silence).await
+                    }
+                };
+                let id = &subject.record.id;
+                return match heard {
+                    Ok(mut started) => {
+                        let warning = format!("the shim of {id} on {} died after the commit", agent.node);
+                        started.warnings.push(warning);
+                        Ok(Some(started))
+                    }
+                    Err(there) => Err(setback::shim_died_before(agent, &peer, id, there)),
+                };
             }
         }
     }
@@ -394,31 +405,4 @@ async fn send_cold(
             }
         },
     }
-}
-
-/// Removes what is left here of a container that is gone. Returns what the operator should know.
-pub async fn clean_up(containerd: &Namespace, record: &Record, task: bool, cold: bool) -> Vec<String> {
-    let record = record.clone();
-    let mut notes = Vec::new();
-    let mut note = |result: Result<()>| {
-        if let Err(error) = result {
-            notes.push(format!("left on this node: {error:#}"));
-        }
-    };
-    if task {
-        note(containerd.task_remove(&record.id, END_LIMIT).await);
-    }
-    note(containerd.container_delete(&record.id).await);
-    note(containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await);
-    if cold {
-        let placed = Placed::load(containerd.name(), &record.id);
-        let removed = tokio::task::spawn_blocking(move || placed.map_or(Ok(()), |p| p.remove())).await;
-        notes.extend(removed.ok().and_then(Result::err).map(|error| format!("left on this node: {error:#}")));
-        return notes;
-    }
-    let others = containerd.container_list().await.unwrap_or_default();
-    let namespace = containerd.name().to_string();
-    let released = tokio::task::spawn_blocking(move || netns::release(&namespace, &record, &others)).await;
-    notes.extend(released.unwrap_or_default());
-    notes
 }

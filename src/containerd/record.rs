@@ -78,6 +78,9 @@ pub struct Record {
     pub extensions: BTreeMap<String, Opaque>,
     /// The sandbox it belongs to; empty outside of a pod.
     pub sandbox: String,
+    /// When this record was made, seconds and nanoseconds: tells it from another one of the same id. Only what containerd says of its own.
+    #[serde(skip)]
+    pub created: Option<(i64, i32)>,
 }
 
 impl TryFrom<Container> for Record {
@@ -94,6 +97,7 @@ impl TryFrom<Container> for Record {
                     .with_context(|| format!("the spec of container {}", container.id))?
             },
             spec_type: spec.type_url,
+            created: container.created_at.map(|at| (at.seconds, at.nanos)),
             id: container.id,
             labels: container.labels.into_iter().collect(),
             image: container.image,

@@ -104,6 +104,9 @@ pub struct Limits {
     /// Bytes of memory pages that a destination takes; more is refused while it arrives.
     #[serde(default = "no_cap")]
     pub memory_cap: u64,
+    /// How many containers may stand still on the source at the same time; 0: any number.
+    #[serde(default)]
+    pub max_frozen: u32,
     /// Where images live; on a tmpfs. Each migration has a directory of its own in it.
     pub images_dir: PathBuf,
 }

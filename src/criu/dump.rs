@@ -170,7 +170,7 @@ impl Criu {
                     let mut copy =
                         tempfile::NamedTempFile::new().context("making a file for CRIU's kerndat")?;
                     copy.write_all(&kdat.with_soft_dirty()).context("writing CRIU's kerndat")?;
-                    Memory::Kdat(copy, MountPoint::new()?)
+                    Memory::Kdat(copy, MountPoint::new(&kdat)?)
                 }
             }
         };

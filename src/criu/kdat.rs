@@ -15,6 +15,7 @@
 //! CRIU is asked about the kernel first (FEATURE_CHECK) and has to say the same as the byte; whether it then really leaves the pages
 //! alone is tried by a dump ([`super::probe`]).
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -90,19 +91,35 @@ fn check(bytes: &[u8], soft_dirty: bool) -> Result<()> {
     Ok(())
 }
 
-/// Something at [`PATH`] that a copy can be mounted over. CRIU's own cache, or an empty file that goes away with its owner.
+/// Something at [`PATH`] that a copy can be mounted over. CRIU's own cache, or where there can be none an empty file that goes away with
+/// its owner.
+///
+/// A mount goes with the file that it is on (`detach_mounts`, fs/namespace.c), and every CRIU removes a cache that it does not
+/// understand: an empty file would last until the next CRIU of the node starts.
 pub(super) struct MountPoint {
     ours: bool,
 }
 
 impl MountPoint {
-    pub fn new() -> Result<Self> {
-        let made = std::fs::OpenOptions::new().write(true).create_new(true).open(PATH);
-        match made {
-            Ok(_) => Ok(Self { ours: true }),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(Self { ours: false }),
-            Err(e) => Err(e).with_context(|| format!("making {PATH}")),
-        }
+    /// `kdat`: the cache, in case there is none yet.
+    pub fn new(kdat: &Kdat) -> Result<Self> {
+        let made = || -> std::io::Result<Self> {
+            let dir = Path::new(PATH).parent().unwrap_or(Path::new("/"));
+            // CRIU keeps none where it would outlive a reboot
+            if nix::sys::statfs::statfs(dir)?.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC {
+                let mut file = tempfile::NamedTempFile::new_in(dir)?;
+                file.write_all(&kdat.bytes)?;
+                match file.persist_noclobber(PATH) {
+                    Err(e) if e.error.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.error),
+                    _ => return Ok(Self { ours: false }),
+                }
+            }
+            match std::fs::OpenOptions::new().write(true).create_new(true).open(PATH) {
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(Self { ours: false }),
+                made => made.map(|_| Self { ours: true }),
+            }
+        };
+        made().with_context(|| format!("making {PATH}"))
     }
 }
 

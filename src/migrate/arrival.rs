@@ -11,7 +11,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::abort::Abort;
 use super::background::Background;
 use super::codec::Kind;
-use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_commit, wait_for_runc};
+use super::destination::{
+    DestinationTask, MayHaveRun, announce, committed, connections, join, wait_for, wait_for_commit,
+    wait_for_runc,
+};
 use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
@@ -65,7 +68,7 @@ impl Arrival<'_> {
             !manifest.in_netns || netns.is_some(),
             "the container comes from a network namespace of its own, and none was made for it here"
         );
-        fault::point("receive");
+        fault::point("receive", Some(self.link));
         let (receiver, totals, at) = self.receive(receiver, &images.0, manifest, clock)?;
         let since = Instant::now();
         let mut items = Vec::new();
@@ -86,7 +89,7 @@ impl Arrival<'_> {
             true => None,
             false => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),
         };
-        fault::point("restoring");
+        fault::point("restoring", Some(self.link));
         self.phase(clock, "criu restore");
         let times = KeptTimes::of(&self.task.bundle().join("rootfs"));
         gate.open_restore_with(&Opening {
@@ -95,6 +98,7 @@ impl Arrival<'_> {
             path_first: Some(&tools),
             log_level: Some(LOG_LEVEL),
         })?;
+        fault::point("restore", Some(self.link));
         wait_for(At::PostRestore, &mut gate, self.link, self.task, self.abort, true)?;
         drop(times);
         let now = item("CRIU restore", now);
@@ -103,7 +107,7 @@ impl Arrival<'_> {
         self.task.held(&whole.carry).context("connecting the container's stdio")?;
         let kick = connections(netns.as_ref(), &gate);
         let now = item("stdio and connections", now);
-        fault::point("held");
+        fault::point("held", Some(self.link));
         self.phase(clock, "commit");
         let backlog = wait_for_commit(self.link, &mut |kind, payload| match (kind, &serving) {
             // a page that was asked for during the restore
@@ -115,7 +119,8 @@ impl Arrival<'_> {
             _ => bail!("the source sent {kind:?} where Commit was due"),
         })?;
         let now = item("commit", now);
-        fault::point("committed");
+        let noted = committed(&self.request.migration_id);
+        fault::point("committed", Some(self.link));
         // asked to give up in between: too late, the source will not run it again
         self.abort.commit();
         self.phase(clock, "resume");
@@ -126,16 +131,18 @@ impl Arrival<'_> {
         let now = item("network", now);
         let let_go = Instant::now();
         let took_ms = millis(let_go - since);
-        gate.open_run()?;
+        gate.open_run().context(MayHaveRun)?;
         if let Some(serving) = &serving {
             serving.running();
         }
+        fault::point("running", Some(self.link));
         announce(netns.as_ref(), self.request, &backlog, kick, self.events);
-        let pid = wait_for_runc(self.link, self.task, true)?;
-        self.task.adopt(pid).context("taking over the restored container")?;
+        let pid = wait_for_runc(self.link, self.task, true).context(MayHaveRun)?;
+        self.task.adopt(pid).context("taking over the restored container").context(MayHaveRun)?;
         item("resume", now);
         let (phases, total_ms) = clock.done();
         let running = Running { since_ms: millis(let_go.elapsed()), phases: phases.clone(), took_ms, items };
+        join(noted, self.events);
         // the tasks run: a lost message changes nothing any more
         let told = self.link.json(Kind::Running, &running).and_then(|()| self.link.flush());
         if let Err(e) = told {

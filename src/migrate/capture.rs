@@ -68,7 +68,7 @@ pub(super) fn full(
     cx.go_on()?;
     phase("freeze");
     let (still, carry, _) = Still::enter(task, freezer, netns)?;
-    fault::point("frozen");
+    fault::point("frozen", Some(cx.link));
     let processes = still.freezer().pids().map(|p| p.len()).unwrap_or(0);
     cx.link.json(Kind::Frozen, &Frozen { processes })?;
     cx.link.flush()?;
@@ -80,6 +80,7 @@ pub(super) fn full(
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
         phase("layer");
+        fault::point("dump", Some(cx.link));
         times.put_back();
         sender.borrow_mut().layer(&layer)?;
         phase("dump end");
@@ -114,6 +115,7 @@ pub(super) fn full(
     let mut sender = sender.into_inner();
     let streamed = dumped.and_then(|_| {
         phase("files");
+        fault::point("final", Some(cx.link));
         sender.files(&images, &HashSet::new())?;
         sender.stdio(&carry)
     });

@@ -12,6 +12,7 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -35,7 +36,7 @@ use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
 use crate::rootfs::{KeptTimes, WritableLayer};
-use crate::{net, program, tls};
+use crate::{journal, net, program, tls};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
 pub trait DestinationTask: Send {
@@ -61,6 +62,16 @@ pub trait DestinationTask: Send {
     fn undo(&mut self);
     /// Ends the running container, for when its memory cannot be completed any more. Called from another thread.
     fn killer(&self) -> Killer;
+}
+
+/// What comes with an error after the gate was opened.
+#[derive(Debug)]
+pub(super) struct MayHaveRun;
+
+impl std::fmt::Display for MayHaveRun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the container may have run here for a moment")
+    }
 }
 
 /// Ends a container at once.
@@ -101,7 +112,10 @@ pub fn receive(
         // undone first: once the source has our word, it runs again
         task.undo();
         let failure = failure_of(&e, clock.current(), &request.node);
-        link.wire().fail(&failure);
+        // it would take our word for that nothing has run
+        if !failure.ran {
+            link.wire().fail(&failure);
+        }
         failure.into()
     })
 }
@@ -133,6 +147,7 @@ pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
             node: node.to_owned(),
             message: format!("{e:#}"),
             lost: e.is::<Lost>(),
+            ran: e.is::<MayHaveRun>(),
             ..Failure::default()
         },
     }
@@ -174,7 +189,7 @@ fn take(
     phase(clock, "receive");
     let images = ImagesDir::create(&request.limits.images_dir, &request.migration_id)?;
     let netns = request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
-    fault::point("receive");
+    fault::point("receive", Some(link).filter(|_| waits));
     let (carry, totals) =
         receive_state(link, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
 
@@ -187,23 +202,25 @@ fn take(
     task.work_dir()?;
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;
     wait_for(At::Restore, &mut gate, link, task, abort, waits)?;
-    fault::point("restoring");
+    fault::point("restoring", Some(link).filter(|_| waits));
     phase(clock, "criu restore");
     let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
+    fault::point("restore", Some(link).filter(|_| waits));
     wait_for(At::PostRestore, &mut gate, link, task, abort, waits)?;
     drop(times);
 
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
     let kick = connections(netns.as_ref(), &gate);
-    let mut backlog = Vec::new();
+    let (mut backlog, mut noted) = (Vec::new(), None);
     if waits {
-        fault::point("held");
+        fault::point("held", Some(link));
         phase(clock, "commit");
         backlog =
             wait_for_commit(link, &mut |kind, _| bail!("the source sent {kind:?} where Commit was due"))?;
-        fault::point("committed");
+        noted = Some(committed(&request.migration_id));
+        fault::point("committed", Some(link));
         // asked to give up in between: too late, the source will not run it again
         abort.commit();
     } else {
@@ -215,11 +232,15 @@ fn take(
         net::unfence(ns.as_fd()).context("lifting the fence of the container's network")?;
     }
     let let_go = Instant::now();
-    gate.open_run()?;
+    gate.open_run().context(MayHaveRun)?;
+    fault::point("running", Some(link).filter(|_| waits));
     announce(netns.as_ref(), request, &backlog, kick, events);
-    let pid = wait_for_runc(link, task, waits)?;
-    task.adopt(pid).context("taking over the restored container")?;
+    let pid = wait_for_runc(link, task, waits).context(MayHaveRun)?;
+    task.adopt(pid).context("taking over the restored container").context(MayHaveRun)?;
     let (phases, total_ms) = clock.done();
+    if let Some(noted) = noted {
+        join(noted, events);
+    }
     if waits {
         let running =
             Running { since_ms: millis(let_go.elapsed()), phases: phases.clone(), ..Running::default() };
@@ -264,6 +285,20 @@ pub(super) fn wait_for_commit(
     };
     while !next().context("waiting for the source's commit")? {}
     Ok(backlog.packets)
+}
+
+/// Has the commit written down, while the gate opens.
+pub(super) fn committed(migration: &str) -> JoinHandle<Result<()>> {
+    let migration = migration.to_owned();
+    std::thread::spawn(move || journal::commit(&migration))
+}
+
+/// It is written down: the source may be told to delete its copy.
+pub(super) fn join(noted: JoinHandle<Result<()>>, events: &dyn Fn(Event)) {
+    let noted = noted.join().unwrap_or_else(|_| Err(anyhow!("the thread panicked")));
+    if let Err(e) = noted {
+        events(Event::Warning { message: format!("noting the commit: {e:#}") });
+    }
 }
 
 /// The tasks run: whoever talked to them hears of it, and `backlog` comes to them.

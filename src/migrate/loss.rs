@@ -63,6 +63,7 @@ impl Loss {
             message: self.sentence(container),
             advice: self.advice().into(),
             lost: false, // the connection is the cause, but the other side knows no better reason
+            ran: true,
         }
     }
 }

@@ -37,6 +37,7 @@
 //! | [`copier`] | memory asked for, read and sent; what the destination has |
 //! | [`layers`], [`tmpfs`] | the writable layer and the content of tmpfs files, in rounds |
 //! | [`still`] | tasks that stand still, and how they are let go |
+//! | [`turn`] | how many stand still at the same time |
 //! | [`capture`] | the freeze with one copy of everything |
 //! | [`live`] | the freeze of a live migration |
 //! | [`backlog`] | packets that came to the frozen container, passed on |
@@ -86,4 +87,5 @@ pub mod stream;
 mod tls_io;
 mod tmpfs;
 pub mod tuning;
+mod turn;
 pub mod wire;

@@ -19,6 +19,7 @@ use super::prepared::Prepared;
 use super::protocol::{self, Prepare, Ready};
 use super::report::{Clock, Round, millis};
 use super::tmpfs::{self, Tmpfs};
+use super::turn::{Turn, Turns};
 use crate::control::Event;
 use crate::criu::dump::{PreparedDump, Worker};
 use crate::criu::page_server::page_size;
@@ -26,6 +27,9 @@ use crate::criu::{self, MemoryMode};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
 use crate::program;
+
+/// So long a container waits for its turn to stand still before it is copied once more.
+const TURN: Duration = Duration::from_millis(500);
 
 /// How to go on when the rounds have ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,8 @@ pub(super) struct Ahead {
     pub next: Next,
     /// What is known to be unsent.
     pub found: Vec<Found>,
+    /// The right to stand still.
+    pub turn: Turn,
     pub rounds: Vec<Round>,
     /// A CRIU that only waits for the freeze.
     pub worker: PreparedDump,
@@ -117,7 +123,19 @@ pub(super) fn run(
             }
         }
     }
-    Ok(Ahead { next, found, rounds: rounds.all, worker, tools })
+    let turns = Turns::of_node(cx.options.limits.max_frozen);
+    let turn = loop {
+        match turns.take(cx, TURN)? {
+            Some(turn) => break turn,
+            None if post_copy => {}
+            // others stand still: what is written meanwhile need not wait for the freeze
+            None => {
+                found = merge(found, rounds.look()?);
+                found = rounds.one(&found, clock)?;
+            }
+        }
+    };
+    Ok(Ahead { next, found, turn, rounds: rounds.all, worker, tools })
 }
 
 /// Two looks as one: what either has found is still to be sent.
@@ -168,7 +186,7 @@ impl Rounds<'_> {
         let n = self.all.len() as u32 + 1;
         clock.phase(&format!("round {n}"));
         (cx.events)(Event::Round { n, total: Some(bytes_of(found)) });
-        fault::point("round");
+        fault::point(if n == 1 { "round" } else { "later-round" }, Some(cx.link));
         let begun = Instant::now();
         cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
         let (sent, shown) = (Cell::new(0), Cell::new(0));

@@ -218,6 +218,9 @@ pub struct Failure {
     /// It is the connection between the two that failed: the other side may know a better reason.
     #[serde(default)]
     pub lost: bool,
+    /// It happened on the destination when the tasks may have run there: the source must not run them without its operator's word.
+    #[serde(default)]
+    pub ran: bool,
 }
 
 impl std::fmt::Display for Failure {

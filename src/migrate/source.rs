@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
@@ -38,6 +39,7 @@ use super::report::{Clock, PostCopy, Report, Side, millis};
 pub use super::still::Still;
 use super::tmpfs::Tmpfs;
 use super::tuning::{OnPostCopyFailure, Tuning};
+use super::turn::Turns;
 use super::wire::Wire;
 use crate::control::{Event, Limits};
 use crate::criu::MemoryMode;
@@ -153,6 +155,8 @@ fn send_whole(
     prepared: Prepared,
     clock: &mut Clock,
 ) -> Result<Outcome> {
+    let turns = Turns::of_node(cx.options.limits.max_frozen);
+    let _turn = turns.take(cx, Duration::MAX)?;
     let (still, report) = capture::full(cx, task, prepared, clock)?;
     match commit(cx, still, report, clock, &mut |_, _| Ok(()))? {
         Committed::Undecided(still, lost) => Ok(Outcome::Undecided(still, lost)),
@@ -183,7 +187,7 @@ fn send_live(
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, tmpfs.as_mut(), clock)?;
     let mut moving = Moving { copier: &mut copier, layers: &mut layers, tmpfs: tmpfs.as_mut() };
     let stopped = live::freeze(cx, task, prepared, ahead, &mut moving, clock)?;
-    let live::Stopped { still, tasks, report, left } = stopped;
+    let live::Stopped { still, turn, tasks, report, left } = stopped;
     let mut left = Remains::new(&left);
     copier.past_the_freeze();
     let report = Report {
@@ -197,9 +201,10 @@ fn send_live(
         Committed::Undecided(still, lost) => return Ok(Outcome::Undecided(still, lost)),
         Committed::Runs(still, report) => (still, *report),
     };
+    drop(turn);
     if !left.is_empty() {
         cx.begin(clock, "post-copy");
-        fault::point("post-copy");
+        fault::point("post-copy", Some(cx.link));
         let served = postcopy::serve(cx, &mut copier, &tasks, &mut left);
         match served {
             Ok((served, filled)) => {
@@ -233,6 +238,7 @@ fn send_live(
 /// The container runs on the destination: what stands still here goes.
 fn clean_up(cx: &Context<'_>, still: &mut Still, report: &mut Report, clock: &mut Clock) {
     cx.begin(clock, "clean up");
+    fault::point("done", Some(cx.link));
     if let Err(e) = still.gone() {
         report.warnings.push(format!("{e:#}"));
     }
@@ -289,7 +295,7 @@ fn commit(
     cx.begin(clock, "restore");
     let restored: Restored =
         postcopy::expect(cx, Kind::Restored, want).context("waiting for the destination's restore")?;
-    fault::point("commit");
+    fault::point("commit", Some(cx.link));
     if !cx.abort.commit() {
         bail!("the migration was given up by request");
     }
@@ -298,21 +304,23 @@ fn commit(
         report.packets = backlog::send(tap, cx.link)?;
     }
     cx.begin(clock, "commit");
-    let answer = cx
-        .link
-        .json(Kind::Commit, &Commit {})
-        .and_then(|()| cx.link.flush())
-        .and_then(|()| postcopy::expect::<Running>(cx, Kind::Running, want));
+    // from here on nothing that goes wrong on this side, not even a panic, may let the tasks run
+    still.disarm();
+    let committed = cx.link.json(Kind::Commit, &Commit {}).and_then(|()| cx.link.flush());
+    fault::point("sent", Some(cx.link));
+    let answer = committed.and_then(|()| postcopy::expect::<Running>(cx, Kind::Running, want));
     let running = match answer {
         Ok(running) => running,
         // the destination itself says that it gave up: only then may the tasks run here again
-        Err(e) if e.is::<Failure>() => return Err(e.context("the destination gave up after the commit")),
+        Err(e) if e.is::<Failure>() => {
+            still.roll_back()?;
+            return Err(e.context("the destination gave up after the commit"));
+        }
         Err(e) => {
             let lost = format!("the commit was sent and its answer lost: {e:#}");
             return Ok(Committed::Undecided(still, lost));
         }
     };
-    still.disarm();
     let frozen_ms = millis(still.since().elapsed());
     report.freeze_start_ms = Some(clock.now_ms() - frozen_ms);
     report.freeze_ms = frozen_ms - running.since_ms;

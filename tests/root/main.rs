@@ -8,6 +8,7 @@
 //! | `client.rs` | the redis client outside of the nodes |
 //! | `cri/` | pods over CRI, under runc's handler and under ours |
 //! | `live.rs` | a container whose processes check their memory, moves in all modes, what trackers leave behind |
+//! | `matrix/` | the fault matrix |
 //! | `many.rs` | containers without ctr, many at once |
 //! | `manifest.rs` | what a directory tree holds, to be compared later |
 //! | `moves.rs` | migrations through the command line |
@@ -30,6 +31,7 @@ mod cri;
 mod live;
 mod manifest;
 mod many;
+mod matrix;
 mod moves;
 mod output;
 mod requirements;
@@ -127,6 +129,9 @@ fn main() {
         }
     }
     let conclusion = libtest_mimic::run(&args, trials);
+    if let Some(table) = matrix::table::table() {
+        println!("\n{table}");
+    }
     // exit() runs no destructors
     drop(
         beds.iter()

@@ -121,9 +121,14 @@ pub struct Attempt(Child);
 impl Attempt {
     /// Starts it from node a.
     pub fn start(bed: &Bed, id: &str, options: &[&str]) -> Result<Attempt> {
-        let line = ["transship", "migrate", id, "--to", Node::B.address(), "--json"];
+        Self::from(bed, Node::A, id, options)
+    }
+
+    /// Starts it from a node, to the other one.
+    pub fn from(bed: &Bed, from: Node, id: &str, options: &[&str]) -> Result<Attempt> {
+        let line = ["transship", "migrate", id, "--to", from.other().address(), "--json"];
         let line: Vec<_> = line.iter().chain(options).copied().collect();
-        let mut command = bed.command(Node::A, &line);
+        let mut command = bed.command(from, &line);
         Ok(Attempt(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?))
     }
 

@@ -17,6 +17,7 @@ use transship::{
         abort::Abort,
         archive,
         destination::{self, failure_of},
+        fault,
         filling::Filling,
         protocol::ALPN_DATA,
         report::Report,
@@ -34,6 +35,7 @@ use crate::{container::Container, state::State};
 pub fn serve(stream: &UnixStream, container: &Arc<Container>, slot: &Arc<Slot>) -> Result<()> {
     let Some((request, fds)) = transport::recv::<Request>(stream)? else { return Ok(()) };
     let mut fds = fds.into_iter();
+    fault::container(&container.id);
     // the agent may go away at any time: a migration goes on without an audience
     let say = |event: Event| {
         if let Err(e) = transport::send(stream, &event, &[]) {

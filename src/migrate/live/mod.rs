@@ -26,6 +26,7 @@ use super::report::{Clock, Report};
 use super::source::SourceTask;
 use super::still::Still;
 use super::tmpfs::Tmpfs;
+use super::turn::Turn;
 use crate::criu::tar::staged::Table;
 use crate::criu::{DumpRequest, Listing, PageEvent, stdio};
 use crate::memory::sets::encode_ranges;
@@ -39,6 +40,8 @@ pub(super) type Left = BTreeMap<Space, RangeSet>;
 /// What the freeze gave.
 pub(super) struct Stopped {
     pub still: Still,
+    /// To be held until they run elsewhere, or here again.
+    pub turn: Turn,
     /// The tasks that stand still.
     pub tasks: Vec<Task>,
     pub report: Report,
@@ -66,7 +69,7 @@ pub(super) fn freeze(
     moving: &mut Moving<'_>,
     clock: &mut Clock,
 ) -> Result<Stopped> {
-    let Ahead { next, found: unsent, rounds, mut worker, tools } = ahead;
+    let Ahead { next, found: unsent, turn, rounds, mut worker, tools } = ahead;
     let Moving { copier, layers, tmpfs } = moving;
     let post_copy = next == Next::FreezePostCopy;
     // nothing was ever sent: there is nothing to compare with
@@ -82,7 +85,7 @@ pub(super) fn freeze(
     worker.forget_writes(uncleared)?;
     cx.begin(clock, "freeze");
     let (still, carry, entering) = Still::enter(task, freezer, netns)?;
-    fault::point("frozen");
+    fault::point("frozen", Some(cx.link));
     let pids: Vec<i32> = still.freezer().pids().context("listing the frozen tasks")?.into_iter().collect();
     let tasks = tasks(&pids);
     cx.link.json(Kind::Frozen, &Frozen { processes: tasks.len() })?;
@@ -110,6 +113,7 @@ pub(super) fn freeze(
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
         let from = layer.now();
+        fault::point("dump", Some(cx.link));
         times.put_back();
         layers.last(&pids, &mut listener.sender.borrow_mut())?;
         layer.until_now("layer", from);
@@ -145,6 +149,7 @@ pub(super) fn freeze(
             let at = rest.now();
             let left = Late { cx, images: &images, tasks, copier, post_copy }.send(listener.listed())?;
             rest.until_now("late pages", at);
+            fault::point("final", Some(cx.link));
             cx.begin(clock, "files");
             let at = rest.now();
             let mut sender = listener.sender.borrow_mut();
@@ -193,7 +198,7 @@ pub(super) fn freeze(
         rounds,
         ..Report::default()
     };
-    Ok(Stopped { still, tasks, report, left })
+    Ok(Stopped { still, turn, tasks, report, left })
 }
 
 /// Pages that CRIU says exist and that nobody has sent.

@@ -34,7 +34,7 @@ fn in_the_second_round<'a>(bed: &'a Bed) -> Result<(Attempt, Fault<'a>)> {
     drop(first);
     // the first round takes seconds over the slow link
     std::thread::sleep(Duration::from_millis(200));
-    let second = Fault::at(bed, Node::A, "round")?;
+    let second = Fault::at(bed, Node::A, "later-round")?;
     second.reached()?;
     Ok((attempt, second))
 }

@@ -26,6 +26,7 @@ mod live_modes;
 mod live_redis;
 mod live_tmpfs;
 mod live_trouble;
+mod matrix;
 mod move_image;
 mod move_normal;
 mod move_others;
@@ -79,6 +80,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         live_redis::ALL,
         live_tmpfs::ALL,
         live_trouble::ALL,
+        matrix::ALL,
         move_image::ALL,
         move_normal::ALL,
         move_others::ALL,
