@@ -97,7 +97,10 @@ mod tests {
         assert_eq!(Draft::begin(&to).err().unwrap().kind(), io::ErrorKind::AlreadyExists);
         draft.file().write_all(b"state").unwrap();
         let error = draft.finish().unwrap_err();
-        assert_eq!((error.kind(), fs::read(&to).unwrap()), (io::ErrorKind::AlreadyExists, b"theirs".to_vec()));
+        assert_eq!(
+            (error.kind(), fs::read(&to).unwrap()),
+            (io::ErrorKind::AlreadyExists, b"theirs".to_vec())
+        );
         // it may be the only copy
         let kept = names(top.path()).into_iter().find(|n| n.ends_with(".part")).unwrap();
         assert!(error.to_string().contains(&kept), "{error}");

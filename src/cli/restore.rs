@@ -44,7 +44,12 @@ impl Restore {
             file: absolute(&self.file)?,
             container: self.name.clone().unwrap_or_default(),
             ignore_cpu: self.ignore_cpu,
-            keys: self.identity.as_ref().or(self.passphrase_file.as_ref()).map(|f| absolute(f)).transpose()?,
+            keys: self
+                .identity
+                .as_ref()
+                .or(self.passphrase_file.as_ref())
+                .map(|f| absolute(f))
+                .transpose()?,
         });
         let mut progress = Progress::new(common.json);
         match common.call(&request, &mut progress)? {

@@ -22,7 +22,9 @@ const DAMAGED: &str = "the checkpoint file is damaged or truncated";
 
 /// A key was given for a file that is not encrypted.
 #[derive(Debug, thiserror::Error)]
-#[error("the file is not encrypted, though an identity or a passphrase was given: whoever wrote it, it is not protected as you expect")]
+#[error(
+    "the file is not encrypted, though an identity or a passphrase was given: whoever wrote it, it is not protected as you expect"
+)]
 pub struct NotSealed;
 
 /// A checkpoint file as the place where frames go to or come from.

@@ -76,9 +76,7 @@ pub fn recipients(text: &str) -> Result<Vec<String>> {
     let lines = text.lines().map(str::trim).enumerate();
     let keys: Vec<String> = lines
         .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
-        .map(|(n, line)| {
-            recipient(line).with_context(|| format!("line {}", n + 1)).map(|_| line.to_owned())
-        })
+        .map(|(n, line)| recipient(line).with_context(|| format!("line {}", n + 1)).map(|_| line.to_owned()))
         .collect::<Result<_>>()?;
     ensure!(!keys.is_empty(), "there is no public key in it");
     Ok(keys)
@@ -176,7 +174,9 @@ pub fn is_sealed(file: &mut File) -> Result<bool> {
     (&*file).take(ARMOR.len() as u64).read_to_end(&mut head)?;
     file.seek(SeekFrom::Start(0))?;
     if head == ARMOR {
-        bail!("the file is encrypted and written as text: make it binary (age --decrypt, then age --encrypt without --armor)");
+        bail!(
+            "the file is encrypted and written as text: make it binary (age --decrypt, then age --encrypt without --armor)"
+        );
     }
     Ok(head.starts_with(MAGIC))
 }
@@ -190,7 +190,9 @@ pub fn unseal(file: File, keys: Option<&File>) -> Result<Box<dyn Transport>> {
     let phrase = decryptor.is_scrypt();
     let Some(keys) = keys else {
         return Err(wrong(match phrase {
-            true => "the file is encrypted with a passphrase: give the file that holds it, with --passphrase-file",
+            true => {
+                "the file is encrypted with a passphrase: give the file that holds it, with --passphrase-file"
+            }
             false => "the file is encrypted: give the file with the identity, with --identity",
         }));
     };
@@ -200,7 +202,9 @@ pub fn unseal(file: File, keys: Option<&File>) -> Result<Box<dyn Transport>> {
             let secret = passphrase(keys).map_err(|e| wrong(format!("{e:#}")))?;
             let given = secret.expose_secret();
             if given.starts_with("AGE-SECRET-KEY-") || given.starts_with("# created:") {
-                return Err(wrong("the file is encrypted with a passphrase, not to an identity: give --passphrase-file"));
+                return Err(wrong(
+                    "the file is encrypted with a passphrase, not to an identity: give --passphrase-file",
+                ));
             }
             let mut one = scrypt::Identity::new(secret);
             one.set_max_work_factor(MOST_WORK);
@@ -225,7 +229,8 @@ pub fn unseal(file: File, keys: Option<&File>) -> Result<Box<dyn Transport>> {
 
 fn identities(keys: &File) -> Result<Vec<Box<dyn Identity + Send + Sync>>> {
     let bytes = read_keys(keys).context("reading the identities")?;
-    let found = IdentityFile::from_buffer(&bytes[..]).and_then(|f| f.into_identities().map_err(io::Error::other));
+    let found =
+        IdentityFile::from_buffer(&bytes[..]).and_then(|f| f.into_identities().map_err(io::Error::other));
     let found = found.map_err(|_| {
         // without what is in it
         wrong("the file that was given with --identity is not one of age's: age-keygen makes one, and its secret key begins with AGE-SECRET-KEY-1")
@@ -346,7 +351,11 @@ mod tests {
         // exactly two pieces: the end of the first one is where a cut would be the hardest to see
         let bytes = sealed(&vec![7; 128 << 10], &to, None);
         let ends = bytes.len() - (64 << 10) - 16;
-        for cut in (0..bytes.len()).step_by(997).chain([ends - 1, ends, ends + 1, bytes.len() - 1]).filter(|c| *c > 40) {
+        for cut in (0..bytes.len())
+            .step_by(997)
+            .chain([ends - 1, ends, ends + 1, bytes.len() - 1])
+            .filter(|c| *c > 40)
+        {
             assert!(opened(&bytes[..cut], Some(&keys)).is_err(), "cut at {cut}");
         }
         for at in (30..400).chain((400..bytes.len()).step_by(997)).chain([bytes.len() - 1]) {

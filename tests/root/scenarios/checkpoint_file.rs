@@ -151,7 +151,8 @@ fn encrypted(bed: &Bed) -> Result<()> {
     let secret = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
     let secret = secret.trim();
     put(bed, Node::A, secret)?;
-    let fill = "for i = 1, 20000 do redis.call('set', 'k' .. i, string.rep(i, 20)) end return redis.call('dbsize')";
+    let fill =
+        "for i = 1, 20000 do redis.call('set', 'k' .. i, string.rep(i, 20)) end return redis.call('dbsize')";
     let size = redis_cli(bed, Node::A, &["eval", fill, "0"])?;
     let dir = bed.shared()?.join("sealed");
     let _ = std::fs::remove_dir_all(&dir);
@@ -174,8 +175,20 @@ fn encrypted(bed: &Bed) -> Result<()> {
     // nothing is made of what cannot be opened, or is not whole
     let restore = ["restore", file.as_str()];
     transship::refused(bed, Node::B, &restore, 2, "--identity")?;
-    transship::refused(bed, Node::B, &["restore", &file, "--identity", &path("others")], 2, "not encrypted to")?;
-    transship::refused(bed, Node::B, &["restore", &file, "--passphrase-file", "/no/such"], 2, "No such file")?;
+    transship::refused(
+        bed,
+        Node::B,
+        &["restore", &file, "--identity", &path("others")],
+        2,
+        "not encrypted to",
+    )?;
+    transship::refused(
+        bed,
+        Node::B,
+        &["restore", &file, "--passphrase-file", "/no/such"],
+        2,
+        "No such file",
+    )?;
     let mut changed = bytes.clone();
     let last = changed.len() - 9;
     changed[last] ^= 1;
@@ -198,7 +211,13 @@ fn encrypted(bed: &Bed) -> Result<()> {
         let age = age.to_string_lossy().into_owned();
         bed.sh(Node::B, &format!("umask 077; {age} --decrypt -i {} -o {plain} {file}", path("ours")))?;
         ensure!(holds(&std::fs::read(&plain)?, secret), "age has found something else");
-        transship::refused(bed, Node::B, &["restore", &plain, "--identity", &path("ours")], 2, "not encrypted")?;
+        transship::refused(
+            bed,
+            Node::B,
+            &["restore", &plain, "--identity", &path("ours")],
+            2,
+            "not encrypted",
+        )?;
         // and the other way round
         std::fs::remove_file(&file)?;
         bed.sh(Node::B, &format!("{age} --encrypt -r {others} -o {file} {plain}"))?;

@@ -114,7 +114,9 @@ fn of_a_move(bed: &Bed) -> Result<()> {
     let run = Run::new(bed, "s1", "redis").pod("s1");
     run.options(&["--null-io", "--env", &env, "--runtime", &shim]).start(Node::A)?;
     let set = || container::exec(bed, Node::A, "s1", &["redis-cli", "set", "secret", &in_memory]);
-    crate::bed::wait_for(std::time::Duration::from_secs(10), "redis", || Ok(set()?.stdout.starts_with(b"OK")))?;
+    crate::bed::wait_for(std::time::Duration::from_secs(10), "redis", || {
+        Ok(set()?.stdout.starts_with(b"OK"))
+    })?;
     private(bed, Node::A, "before")?;
 
     // in the freeze, with the dump's images on the source; and before CRIU restores, with all that has come on the destination
@@ -149,16 +151,18 @@ fn of_a_move(bed: &Bed) -> Result<()> {
         let images = bed.sh(node, "ls /run/transship/images 2> /dev/null || true")?;
         ensure!(images.is_empty(), "node {}: left behind: {images}", node.name());
     }
-    // they did say something
-    let log = std::fs::read_to_string(trouble::folder(bed)?.join("b/log/agent.log"))?;
-    ensure!(log.contains("TRACE") && log.contains("s1"), "node b's agent was to log everything");
+    // what was looked through is what they did say
+    for (word, log) in [("TRACE", "agent.log"), ("restoring", "containerd.log"), ("TLS13_", "containerd.log")]
+    {
+        ensure!(told(bed, Node::B, &[word])?.contains(log), "node b's {log} was to have {word}");
+    }
     container::delete(bed, Node::B, "s1")?;
     container::unpod(bed, Node::B, "s1")?;
     std::fs::remove_file(shim)?;
     Ok(())
 }
 
-/// Kills a process by SIGSEGV, its limit of core dumps lifted; whether the kernel says that it left one.
+/// Kills a process by SIGABRT (std takes the first SIGSEGV for itself), its limit of core dumps lifted; whether the kernel says that it left one.
 fn crash(pid: i32) -> Result<bool> {
     let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
     // SAFETY: reads one struct, writes nothing.
@@ -167,13 +171,13 @@ fn crash(pid: i32) -> Result<bool> {
     // as its tracer we hear of its end before everybody else, with the kernel's word about the core
     let pid = Pid::from_raw(pid);
     ptrace::seize(pid, ptrace::Options::empty()).with_context(|| format!("tracing {pid}"))?;
-    kill(pid, Signal::SIGSEGV)?;
+    kill(pid, Signal::SIGABRT)?;
     loop {
         match waitpid(pid, None)? {
-            WaitStatus::Stopped(_, Signal::SIGSEGV) => ptrace::cont(pid, Signal::SIGSEGV)?,
+            WaitStatus::Stopped(_, Signal::SIGABRT) => ptrace::cont(pid, Signal::SIGABRT)?,
             WaitStatus::Stopped(_, other) => ptrace::cont(pid, other)?,
             WaitStatus::PtraceEvent(..) => ptrace::cont(pid, None)?,
-            WaitStatus::Signaled(_, Signal::SIGSEGV, core) => return Ok(core),
+            WaitStatus::Signaled(_, Signal::SIGABRT, core) => return Ok(core),
             other => bail!("{pid} ended otherwise: {other:?}"),
         }
     }
