@@ -12,7 +12,7 @@ use crate::bed::{Bed, Node};
 use crate::container::{self, Run};
 use crate::moves;
 use crate::requirements::Needs;
-use crate::trouble::{self, AGENT, Attempt, Fault, SHIM};
+use crate::trouble::{self, AGENT, Attempt, Fault, Mounted, SHIM};
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
@@ -50,14 +50,25 @@ impl Drop for Talkative<'_> {
     }
 }
 
-/// The shim of ours that says everything it can; as a runtime's path, the same on both nodes.
-fn talkative_shim(bed: &Bed) -> Result<String> {
+/// Shims that say everything they can, while this lives: what is in their place starts them so.
+fn talkative_shims(bed: &Bed) -> Result<Vec<Mounted<'_>>> {
     use std::os::unix::fs::PermissionsExt;
-    let path = bed.shared()?.join("containerd-shim-talkative-v2");
-    std::fs::write(&path, "#!/bin/sh\nexec containerd-shim-transship-v2 -debug \"$@\"\n")?;
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755))?;
-    Ok(path.to_str().context("path")?.to_owned())
+    let wrapper = bed.shared()?.join("talkative-shim");
+    std::fs::write(&wrapper, format!("#!/bin/sh\nexec {REAL} -debug \"$@\"\n"))?;
+    std::fs::set_permissions(&wrapper, PermissionsExt::from_mode(0o755))?;
+    let installed = crate::requirements::bin_dir().join(SHIM);
+    let (wrapper, installed) = (wrapper.display().to_string(), installed.display().to_string());
+    let mut mounted = Vec::new();
+    for node in Node::ALL {
+        bed.sh(node, &format!("touch {REAL}"))?;
+        mounted.push(Mounted::new(bed, node, &format!("--bind {installed}"), REAL)?);
+        mounted.push(Mounted::new(bed, node, &format!("--bind {wrapper}"), &installed)?);
+    }
+    Ok(mounted)
 }
+
+/// Where the shim itself is meanwhile.
+const REAL: &str = "/run/node/the-shim-itself";
 
 /// Where we, runc and CRIU keep what is a container's. The roots of containers are containers' own affair: they are behind their bundles.
 const PLACES: &str = "/run/transship /run/containerd/io.containerd.runtime.v2.task /run/containerd/runc \
@@ -108,11 +119,11 @@ fn of_a_move(bed: &Bed) -> Result<()> {
     let (in_memory, in_environment) = (random()?, random()?);
     let secrets = [in_memory.as_str(), in_environment.as_str()];
     let _talkative = Talkative::new(bed)?;
-    let shim = talkative_shim(bed)?;
+    let _talkative_too = talkative_shims(bed)?;
     container::pod(bed, Node::A, "s1", "10.77.6.9")?;
     let env = format!("PASSWORD={in_environment}");
     let run = Run::new(bed, "s1", "redis").pod("s1");
-    run.options(&["--null-io", "--env", &env, "--runtime", &shim]).start(Node::A)?;
+    run.options(&["--null-io", "--env", &env]).start(Node::A)?;
     let set = || container::exec(bed, Node::A, "s1", &["redis-cli", "set", "secret", &in_memory]);
     crate::bed::wait_for(std::time::Duration::from_secs(10), "redis", || {
         Ok(set()?.stdout.starts_with(b"OK"))
@@ -157,9 +168,7 @@ fn of_a_move(bed: &Bed) -> Result<()> {
         ensure!(told(bed, Node::B, &[word])?.contains(log), "node b's {log} was to have {word}");
     }
     container::delete(bed, Node::B, "s1")?;
-    container::unpod(bed, Node::B, "s1")?;
-    std::fs::remove_file(shim)?;
-    Ok(())
+    container::unpod(bed, Node::B, "s1")
 }
 
 /// Kills a process by SIGABRT (std takes the first SIGSEGV for itself), its limit of core dumps lifted; whether the kernel says that it left one.
