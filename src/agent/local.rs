@@ -217,7 +217,10 @@ fn seal_to(encrypt: EncryptTo) -> Outcome<(SealTo, Option<File>)> {
 }
 
 fn keys_at(path: &std::path::Path) -> Outcome<File> {
-    seal::open_keys(path).map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{e:#}")))
+    seal::open_keys(path).map_err(|e| {
+        ErrorReport::new(ExitCode::Usage, format!("{e:#}"))
+            .advice("name a regular file of this node: the agent reads it")
+    })
 }
 
 /// Makes a container of a checkpoint file.

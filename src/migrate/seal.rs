@@ -401,27 +401,4 @@ mod tests {
         assert!(error.to_string().contains("--armor"));
         assert!(!is_sealed(&mut file(b"TRSHPCK1")).unwrap() && !is_sealed(&mut file(b"")).unwrap());
     }
-
-    /// `cargo test --lib -- --ignored --nocapture seal::tests::speed`, with `--release` for what an operator sees.
-    #[test]
-    #[ignore = "a measurement"]
-    fn speed() {
-        let (_, to, keys) = key();
-        let piece: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        for _ in 0..3 {
-            let mut target = tempfile::tempfile_in("/dev/shm").unwrap();
-            let begun = std::time::Instant::now();
-            let mut writer = seal(target.try_clone().unwrap(), &to, None).unwrap();
-            for _ in 0..256 {
-                writer.write_all(&piece).unwrap();
-            }
-            writer.finish().unwrap();
-            let wrote = begun.elapsed();
-            target.seek(SeekFrom::Start(0)).unwrap();
-            let begun = std::time::Instant::now();
-            let bytes = io::copy(&mut unseal(target, Some(&keys)).unwrap(), &mut io::sink()).unwrap();
-            let rate = |t: std::time::Duration| bytes as f64 / 1e6 / t.as_secs_f64();
-            println!("encrypted {:.0} MB/s, decrypted {:.0} MB/s", rate(wrote), rate(begun.elapsed()));
-        }
-    }
 }
