@@ -17,6 +17,7 @@
 //! | [`agent`] | the node's daemon: peers, tickets, preparing and undoing a destination |
 //! | [`cli`] | the operator's command line |
 //! | [`doctor`] | is this node fit, and what to do about it |
+//! | [`private`] | no core dumps, a umask, directories and files for root only |
 //! | [`program`] | the files of our own programs, for whoever starts them again |
 //!
 //! The shim (`shim/`, binary `containerd-shim-transship-v2`) uses `migrate`, `memory`, `criu`, `cgroup`, `net`, `rootfs`, `control` and `tls`;
@@ -34,6 +35,7 @@ pub mod journal;
 pub mod memory;
 pub mod migrate;
 pub mod net;
+pub mod private;
 pub mod program;
 pub mod rootfs;
 pub mod tls;

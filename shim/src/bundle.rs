@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
-use transship::criu::gate_server::{CRIU_CONF, CRIU_CONF_ANNOTATION};
+use transship::{
+    criu::gate_server::{CRIU_CONF, CRIU_CONF_ANNOTATION},
+    private,
+};
 
 use crate::runtime;
 
@@ -53,7 +56,7 @@ pub fn prepare_criu_config(bundle: &Path, binary: &str, root_dir: &Path) -> Resu
     // Renamed into place: containerd and others read config.json at any time.
     let mode = fs::metadata(&path).with_context(|| format!("stat {}", path.display()))?.permissions().mode();
     let new = bundle.join(".config.json.new");
-    fs::write(&new, serde_json::to_vec(&spec).context("encode config.json")?)
+    private::write(&new, &serde_json::to_vec(&spec).context("encode config.json")?)
         .with_context(|| format!("write {}", new.display()))?;
     fs::set_permissions(&new, fs::Permissions::from_mode(mode & 0o7777))
         .with_context(|| format!("chmod {}", new.display()))?;

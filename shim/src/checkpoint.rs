@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context;
 use containerd_shim_protos::{events::task::TaskCheckpointed, protobuf::well_known_types::any::Any, topics};
+use transship::private;
 
 use crate::{
     container::{Container, Origin},
@@ -76,6 +77,10 @@ impl Container {
             deadline: Some(RESTORE_DEADLINE),
             ..Default::default()
         };
+        // CRIU would make its log for everybody, in a directory that others may walk through; it keeps the mode of what is there
+        if let Err(e) = private::create(&args.work_dir.join("restore.log")) {
+            log::debug!("CRIU's log in {}: {e}", args.work_dir.display());
+        }
         let mark = self.shared.reaper.mark();
         let stdio = self.open_stdio(&self.init).await.context("failed to create init process I/O")?;
         args.console_socket = stdio.console.as_ref().map(|c| c.path().to_path_buf());

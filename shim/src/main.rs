@@ -67,6 +67,7 @@ use containerd_shim::Flags;
 use transship::{
     memory::{daemon::keeper, inject::helper},
     migrate::filling::KEEPER,
+    private,
 };
 
 fn main() -> ExitCode {
@@ -74,12 +75,14 @@ fn main() -> ExitCode {
     if let Some(code) = transship::criu::gate::main_if_invoked() {
         return code;
     }
+    private::process();
     if std::env::args_os().nth(1).is_some_and(|arg| arg == KEEPER) {
         return keeper::main();
     }
     if std::env::args_os().nth(1).is_some_and(|arg| arg == helper::ARG) {
         return helper::main();
     }
+    private::umask_for_runc();
     server::save_memory();
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let flags = match containerd_shim::parse(&args) {

@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokio::sync::OnceCell;
+use transship::private;
 
 use crate::{
     command::{self, Finished},
@@ -275,6 +276,7 @@ impl Runc {
         criu_common(&mut c, &args.cgroups_mode, &args.empty_namespaces, crun)?;
         flag(&mut c, args.leave_running, "--leave-running");
         c.arg(id);
+        private::under_private_umask(&mut c);
         self.run(c, None).await.map(drop)
     }
 

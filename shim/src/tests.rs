@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Takes runc's command lines: notes the verb and its last arguments in `calls`, fails as the file `fail-VERB` says, takes its time if
-/// there is a file `slow-VERB`, hands out the pids that lie in `next-pid`, and signals for real.
+/// there is a file `slow-VERB`, notes its umask in `umask-VERB`, hands out the pids that lie in `next-pid`, and signals for real.
 const FAKE_RUNC: &str = r#"#!/bin/sh
 D=$(dirname "$0"); LOG=
 while :; do case $1 in --root|--log-format) shift 2;; --log) LOG=$2; shift 2;; --*) shift;; *) break;; esac; done
@@ -52,6 +52,7 @@ if [ -e $D/fail-$V ]; then
 fi
 take() { head -n1 $D/next-pid > $PIDFILE.n; sed -i 1d $D/next-pid; mv $PIDFILE.n $PIDFILE; }
 [ ! -e $D/slow-$V ] || sleep 0.5
+umask > $D/umask-$V
 case $V in
 create|restore) take; cp $PIDFILE $IDFILE;;
 exec) take;;
@@ -356,6 +357,11 @@ async fn a_checkpoint_shows_crius_own_reason() {
     fs::remove_file(bed.path("fail-checkpoint")).unwrap();
     bed.service.checkpoint(&call(), request()).await.unwrap();
     assert!(bed.calls().contains("--leave-running c1"), "no options mean: leave it running");
+    // CRIU would make images for everybody; what runc makes for a container is as it was
+    let umask = |verb: &str| fs::read_to_string(bed.path(&format!("umask-{verb}"))).unwrap();
+    assert_eq!(umask("checkpoint").trim(), "0077");
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    assert!(own.contains(&format!("Umask:\t{}", umask("start").trim())), "{own}");
     assert_eq!(bed.events(3).await, ["create", "start", "checkpointed"]);
 }
 

@@ -32,6 +32,13 @@ pub enum Request {
     Migrate(MigrateRequest),
     /// Write a container's state to a file.
     Checkpoint(CheckpointRequest),
+    /// The same, encrypted. A request of its own: an agent that does not know it refuses it, where it would skip a field.
+    CheckpointEncrypted {
+        /// What is written, and where.
+        checkpoint: CheckpointRequest,
+        /// For whom.
+        to: EncryptTo,
+    },
     /// Make a container of such a file.
     Restore(RestoreRequest),
     /// List the containers that run under transship.
@@ -78,6 +85,16 @@ pub struct CheckpointRequest {
     pub leave_running: bool,
 }
 
+/// See [`Request::CheckpointEncrypted`].
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum EncryptTo {
+    /// Public keys of age's.
+    Recipients(Vec<String>),
+    /// Absolute path of a file whose first line is a passphrase.
+    PassphraseFile(PathBuf),
+}
+
 /// See [`Request::Restore`].
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(default)]
@@ -90,6 +107,8 @@ pub struct RestoreRequest {
     pub container: String,
     /// Do not compare CPU features.
     pub ignore_cpu: bool,
+    /// Absolute path of the file with the identity, or the passphrase, of an encrypted one.
+    pub keys: Option<PathBuf>,
 }
 
 /// See [`Request::Ps`].
@@ -255,6 +274,8 @@ pub struct CheckpointReport {
     pub freeze_ms: f64,
     /// The container still runs.
     pub running: bool,
+    /// The file is encrypted.
+    pub encrypted: bool,
     /// What the operator should know.
     pub warnings: Vec<String>,
 }

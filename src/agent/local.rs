@@ -1,20 +1,18 @@
 //! Requests that need no peer: `checkpoint`, `restore`, `resolve`.
 
-use std::{
-    fs::{self, File, OpenOptions},
-    os::unix::fs::OpenOptionsExt,
-};
+use std::{fs::File, os::fd::OwnedFd};
 
 use anyhow::{Context, Result};
 
 use super::{
     Agent,
     api::{
-        CheckpointReport, CheckpointRequest, Decision, ErrorReport, Event, ExitCode, Reply, ResolveRequest,
-        RestoreReport, RestoreRequest,
+        CheckpointReport, CheckpointRequest, Decision, EncryptTo, ErrorReport, Event, ExitCode, Reply,
+        ResolveRequest, RestoreReport, RestoreRequest,
     },
     departed::clean_up,
     destination::{follow, no_blobs},
+    draft::Draft,
     examine::{describe, image_of},
     message::{Offer, Refusal},
     netns,
@@ -29,11 +27,19 @@ use crate::{
         task::{Status, Task},
     },
     control::{self, MigrationState, ReceiveRequest},
-    migrate::{archive, protocol::Failure},
+    migrate::{
+        archive,
+        protocol::Failure,
+        seal::{self, SealTo},
+    },
     tls::random_hex,
 };
 
 type Outcome<T> = Result<T, ErrorReport>;
+
+/// About a key that is not the file's.
+const KEYS: &str = "--identity takes the file with the secret key that belongs to one of --encrypt-to's; --passphrase-file the one with the \
+    passphrase; a file that is not encrypted takes neither";
 
 fn internal(error: anyhow::Error) -> ErrorReport {
     ErrorReport::new(ExitCode::Failed, format!("{error:#}"))
@@ -74,11 +80,16 @@ fn end(agent: &Agent, reporter: &mut Reporter, result: Outcome<Reply>) {
 }
 
 /// Writes a container's state to a file.
-pub async fn checkpoint(agent: &Agent, request: CheckpointRequest, reporter: &mut Reporter) {
+pub async fn checkpoint(
+    agent: &Agent,
+    request: CheckpointRequest,
+    encrypt: Option<EncryptTo>,
+    reporter: &mut Reporter,
+) {
     let id = request.container.clone();
     let result = match agent.busy.enter(&request.namespace, &id, "being checkpointed") {
         None => Err(ErrorReport::new(ExitCode::Busy, format!("{id} is busy with a migration or checkpoint"))),
-        Some(_busy) => try_checkpoint(agent, &request, reporter).await,
+        Some(_busy) => try_checkpoint(agent, &request, encrypt, reporter).await,
     };
     end(agent, reporter, result.map(Reply::Checkpointed));
 }
@@ -86,6 +97,7 @@ pub async fn checkpoint(agent: &Agent, request: CheckpointRequest, reporter: &mu
 async fn try_checkpoint(
     agent: &Agent,
     request: &CheckpointRequest,
+    encrypt: Option<EncryptTo>,
     reporter: &mut Reporter,
 ) -> Outcome<CheckpointReport> {
     reporter.phase("preflight");
@@ -107,6 +119,11 @@ async fn try_checkpoint(
     let inspected = control::client::inspect(&request.namespace, id).await.map_err(|error| {
         ErrorReport::new(ExitCode::Refused, format!("{id} does not run under transship: {error:#}"))
     })?;
+    if encrypt.is_some() && !inspected.seals {
+        let message = format!("the shim of {id} was started by an older transship, which cannot encrypt");
+        return Err(ErrorReport::new(ExitCode::Refused, message).advice("start the container anew"));
+    }
+    let (seal, secret) = encrypt.map(seal_to).transpose()?.unzip();
     preflight::check_movable(&record.spec).map_err(refused)?;
     let (image, closure, layer) = image_of(&containerd, &record).await.map_err(internal)?;
     let mut offer = Offer {
@@ -120,23 +137,29 @@ async fn try_checkpoint(
         ..Offer::default()
     };
     describe(agent, &containerd, &mut offer, Some(&task), Some(&inspected)).await.map_err(internal)?;
-    let file = OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(&request.output);
-    let file = file.map_err(|e| {
+    let draft = Draft::begin(&request.output).map_err(|e| {
         ErrorReport::new(ExitCode::Usage, format!("{}: {e}", request.output.display()))
             .advice("name a file that does not exist, in a directory that does")
     })?;
     reporter.phase("dump");
-    let report = write(agent, request, offer, &file, reporter).await.inspect_err(|_| {
-        if let Err(error) = fs::remove_file(&request.output) {
-            log::warn!("removing {}: {error}", request.output.display());
-        }
+    let encrypted = seal.is_some();
+    let fds = [Some(draft.file().try_clone().map_err(|e| internal(e.into()))?), secret.flatten()];
+    let fds = fds.into_iter().flatten().map(OwnedFd::from).collect();
+    let report = write(agent, request, offer, (seal, fds), reporter).await?;
+    let bytes = draft.finish().map_err(|e| {
+        let mut error =
+            ErrorReport::new(ExitCode::Failed, format!("naming {}: {e}", request.output.display()));
+        let now = if request.leave_running { "runs as before" } else { "is stopped" };
+        error.state = format!("{id} {now}; its checkpoint is complete");
+        error.advice("give the file another name: it is as good as any")
     })?;
     Ok(CheckpointReport {
         container: id.clone(),
         output: request.output.clone(),
-        bytes: file.metadata().map_or(0, |m| m.len()),
+        bytes,
         freeze_ms: report.freeze_ms,
         running: request.leave_running,
+        encrypted,
         warnings: report.warnings,
     })
 }
@@ -145,7 +168,7 @@ async fn write(
     agent: &Agent,
     request: &CheckpointRequest,
     offer: Offer,
-    file: &File,
+    (seal, fds): (Option<SealTo>, Vec<OwnedFd>),
     reporter: &mut Reporter,
 ) -> Outcome<crate::migrate::report::Report> {
     let id = &request.container;
@@ -156,8 +179,8 @@ async fn write(
             stop: !request.leave_running,
             container: serde_json::to_value(&offer)?,
             limits: agent.config.limits(0, 0, u64::MAX),
+            seal,
         };
-        let fds = vec![file.try_clone()?.into()];
         control::client::call(&request.namespace, id, control::Request::Checkpoint(asked), fds).await
     };
     let mut events = start.await.map_err(internal)?;
@@ -185,6 +208,21 @@ async fn write(
     Err(error)
 }
 
+/// What the shim is told, and the descriptor that goes with it.
+fn seal_to(encrypt: EncryptTo) -> Outcome<(SealTo, Option<File>)> {
+    match encrypt {
+        EncryptTo::Recipients(keys) => Ok((SealTo::Recipients(keys), None)),
+        EncryptTo::PassphraseFile(path) => Ok((SealTo::Passphrase, Some(keys_at(&path)?))),
+    }
+}
+
+fn keys_at(path: &std::path::Path) -> Outcome<File> {
+    seal::open_keys(path).map_err(|e| {
+        ErrorReport::new(ExitCode::Usage, format!("{e:#}"))
+            .advice("name a regular file of this node: the agent reads it")
+    })
+}
+
 /// Makes a container of a checkpoint file.
 pub async fn restore(agent: &Agent, request: RestoreRequest, reporter: &mut Reporter) {
     let result = try_restore(agent, &request, reporter).await;
@@ -198,18 +236,22 @@ async fn try_restore(
 ) -> Outcome<RestoreReport> {
     reporter.phase("preflight");
     let path = request.file.clone();
-    let mut file = File::open(&path)
+    let file = File::open(&path)
         .map_err(|e| ErrorReport::new(ExitCode::Usage, format!("{}: {e}", path.display())))?;
+    let keys = request.keys.as_deref().map(keys_at).transpose()?;
     let bad = |error: anyhow::Error| {
-        ErrorReport::new(ExitCode::BadFile, format!("{}: {error:#}", request.file.display()))
+        let message = format!("{}: {error:#}", request.file.display());
+        match error.is::<seal::WrongKey>() || error.is::<archive::NotSealed>() {
+            true => ErrorReport::new(ExitCode::Usage, message).advice(KEYS),
+            false => ErrorReport::new(ExitCode::BadFile, message),
+        }
     };
-    // the whole file is read once: nothing is made of a damaged one; then again, behind its manifest
+    // the whole file is read once: nothing is made of a damaged one; the shim reads it again
     let opened = tokio::task::spawn_blocking(move || -> Result<_> {
-        archive::verify(&mut file)?;
-        let manifest = archive::open(&mut file)?;
-        Ok((file, manifest))
+        let (manifest, _) = archive::verify(file.try_clone()?, keys.as_ref())?;
+        Ok((file, keys, manifest))
     });
-    let (file, manifest) = opened.await.context("a thread").and_then(|r| r).map_err(bad)?;
+    let (file, keys, manifest) = opened.await.context("a thread").and_then(|r| r).map_err(bad)?;
     let mut offer: Offer = serde_json::from_value(manifest.container)
         .context("what the file says of the container")
         .map_err(bad)?;
@@ -236,7 +278,8 @@ async fn try_restore(
     let mut placement =
         Placement::begin(&agent.config, &containerd, offer, &migration, &from).await.map_err(internal)?;
     placement.memory_cap = found.memory_cap();
-    match place(agent, &mut placement, file, reporter).await {
+    let fds = [Some(file), keys].into_iter().flatten().map(OwnedFd::from).collect();
+    match place(agent, &mut placement, fds, reporter).await {
         Ok((pid, mut warnings)) => {
             let stdio = placement.stdio.clone();
             warnings.extend(placement.keep().await.map_err(internal)?);
@@ -266,7 +309,7 @@ async fn try_restore(
 async fn place(
     agent: &Agent,
     placement: &mut Placement<'_>,
-    file: File,
+    fds: Vec<OwnedFd>,
     reporter: &mut Reporter,
 ) -> Result<(u32, Vec<String>)> {
     no_blobs(&placement.missing_blobs().await?, &placement.offer)?;
@@ -288,7 +331,7 @@ async fn place(
         on_post_copy_failure: offer.on_post_copy_failure,
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
-    let warnings = follow(&namespace, &id, request, vec![file.into()], None).await?;
+    let warnings = follow(&namespace, &id, request, fds, None).await?;
     let pid = placement.containerd().task_start(&id).await?;
     Ok((pid, warnings))
 }

@@ -20,7 +20,7 @@
 //! | [`layer`] | the writable layer of a container that does not run |
 //! | [`outcome`] | what became of migrations whose answer was lost |
 //! | [`netns`] | network namespaces of containers that come and go |
-//! | [`local`] | checkpoint, restore, resolve |
+//! | [`local`], [`draft`] | checkpoint, restore, resolve; a checkpoint file while it is written |
 //! | [`ps`] | the list of containers |
 //! | [`leftovers`] | what an earlier run left, and what goes with deleted containers |
 //! | [`reporter`] | what a client is told of a request's course |
@@ -33,16 +33,20 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result};
 use tokio::sync::Semaphore;
 
+use crate::{control::RUN_DIR, private};
+
 pub mod api;
 pub mod config;
 pub mod departed;
 pub mod destination;
+pub mod draft;
 pub mod examine;
 pub mod filling;
 pub mod host;
@@ -143,6 +147,10 @@ pub async fn serve(config: Config) -> Result<()> {
         incoming: Semaphore::new(config.max_incoming),
         config,
     });
+    private::dir(Path::new(RUN_DIR))?;
+    let images = &agent.config.images_dir;
+    private::refuse_shared(images)
+        .with_context(|| format!("images_dir = {}: name a directory of root's", images.display()))?;
     leftovers::sweep(&agent).await;
     if let Err(error) = outcome::resume(&agent).await {
         log::warn!("looking for undecided migrations: {error:#}");

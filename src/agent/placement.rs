@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -330,8 +330,7 @@ pub fn plain(name: &str) -> bool {
 }
 
 fn private_dir(dir: &Path) -> Result<()> {
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.with_context(|| format!("making {}", dir.display()))
+    crate::private::dir(dir)
 }
 
 fn write_marker(path: &Path, migration: &str, netns: Option<&Path>) -> Result<()> {

@@ -4,7 +4,7 @@
 //! [`HANDSHAKE_LIMIT`] for its ClientHello and as much for its handshake, and at most 16 KiB of it are looked at.
 
 use std::{
-    fs, io,
+    fs,
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
     sync::Arc,
@@ -48,12 +48,12 @@ pub async fn bind_peers(agent: &Agent) -> Result<TcpListener> {
 /// Opens the unix socket, for root only.
 pub fn bind_cli(agent: &Agent) -> Result<UnixListener> {
     let path = &agent.config.socket;
-    let bind = || -> io::Result<UnixListener> {
+    let bind = || -> Result<UnixListener> {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
         }
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another agent answers there"));
+            bail!("another agent answers there");
         }
         super::netns::gone(fs::remove_file(path))?;
         // made elsewhere and renamed, so that nobody can connect before the mode is set
@@ -185,7 +185,10 @@ async fn client(agent: Arc<Agent>, mut stream: UnixStream) -> Result<()> {
 async fn carry_out(agent: &Agent, request: Request, reporter: &mut Reporter) {
     match request {
         Request::Migrate(request) => source::migrate(agent, request, reporter).await,
-        Request::Checkpoint(request) => local::checkpoint(agent, request, reporter).await,
+        Request::Checkpoint(request) => local::checkpoint(agent, request, None, reporter).await,
+        Request::CheckpointEncrypted { checkpoint, to } => {
+            local::checkpoint(agent, checkpoint, Some(to), reporter).await
+        }
         Request::Restore(request) => local::restore(agent, request, reporter).await,
         Request::Resolve(request) => {
             let result = local::resolve(agent, request).await;

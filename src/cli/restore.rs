@@ -12,6 +12,9 @@ use super::{Common, unexpected, units};
 use crate::agent::api::{ErrorReport, Reply, Request, RestoreRequest};
 
 /// Make a container of a checkpoint file.
+///
+/// Nothing is made of a file that is not whole: all of it is read, and its checksums or (if it is encrypted) its authentication, before
+/// anything else is done.
 #[derive(Args, Debug, Clone)]
 pub struct Restore {
     /// The checkpoint file
@@ -25,6 +28,12 @@ pub struct Restore {
     /// Do not compare CPU features with those of the node where the file was made
     #[arg(long)]
     pub ignore_cpu: bool,
+    /// The file with the identity (secret key) of an encrypted file
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+    pub identity: Option<PathBuf>,
+    /// The file whose first line is the passphrase of an encrypted file
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
 }
 
 impl Restore {
@@ -35,6 +44,12 @@ impl Restore {
             file: absolute(&self.file)?,
             container: self.name.clone().unwrap_or_default(),
             ignore_cpu: self.ignore_cpu,
+            keys: self
+                .identity
+                .as_ref()
+                .or(self.passphrase_file.as_ref())
+                .map(|f| absolute(f))
+                .transpose()?,
         });
         let mut progress = Progress::new(common.json);
         match common.call(&request, &mut progress)? {

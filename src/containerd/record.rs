@@ -1,6 +1,6 @@
 //! Container records: what containerd keeps of a container that need not run, in the form in which they travel.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use anyhow::{Context, Result};
 use containerd_client::services::v1::{
@@ -13,13 +13,19 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::client::{Asked, MAX_MESSAGE, Namespace, found, gone};
 
 /// A protobuf `Any`, opaque here.
-#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, Clone, Default, PartialEq, Eq)]
 pub struct Opaque {
     /// The type's name.
     pub type_url: String,
     /// The message's bytes; hexadecimal in JSON.
     #[serde(serialize_with = "to_hex", deserialize_with = "from_hex")]
     pub value: Vec<u8>,
+}
+
+impl fmt::Debug for Opaque {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Opaque({}, {} bytes)", self.type_url, self.value.len()) // CRI keeps a container's environment in one
+    }
 }
 
 fn to_hex<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
@@ -53,7 +59,7 @@ impl From<Opaque> for Any {
 }
 
 /// A container's record.
-#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[derive(Serialize, Deserialize, Clone, Default, PartialEq)]
 #[serde(default)]
 pub struct Record {
     /// The container's id.
@@ -81,6 +87,12 @@ pub struct Record {
     /// When this record was made, seconds and nanoseconds: tells it from another one of the same id. Only what containerd says of its own.
     #[serde(skip)]
     pub created: Option<(i64, i32)>,
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Record({} of {})", self.id, self.image) // the spec has the environment and the arguments
+    }
 }
 
 impl TryFrom<Container> for Record {

@@ -14,9 +14,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
 
 use crate::migrate::protocol::Failure;
 use crate::migrate::report::{Report, Round};
+use crate::migrate::seal::SealTo;
 use crate::migrate::tuning::{OnPostCopyFailure, Tuning};
 use crate::net::NetConfig;
 
@@ -50,10 +52,11 @@ pub enum Request {
     /// Take the container from the peer at the other end of the descriptor passed along (a TCP connection from which
     /// nothing was read yet). The container was created as an incoming one.
     Receive(ReceiveRequest),
-    /// Write a checkpoint into the descriptor passed along (a file open for writing).
+    /// Write a checkpoint into the descriptor passed along (a file open for writing). A second one, if the file is to be
+    /// encrypted with a passphrase, holds that.
     Checkpoint(CheckpointRequest),
-    /// Restore from the descriptor passed along (a checkpoint file, read up to and including its manifest). The container
-    /// was created as an incoming one.
+    /// Restore from the descriptor passed along (a checkpoint file). A second one, if it is encrypted, holds the identities
+    /// or the passphrase. The container was created as an incoming one.
     Restore(ReceiveRequest),
     /// Give up the migration that runs, if it has not been committed. Answered by `Done` or `Failed`.
     Abort,
@@ -81,8 +84,8 @@ pub struct TlsMaterial {
     pub ca: String,
     /// This node's certificate chain.
     pub cert: String,
-    /// This node's key.
-    pub key: String,
+    /// This node's key; wiped from memory when it is dropped.
+    pub key: Zeroizing<String>,
 }
 
 impl std::fmt::Debug for TlsMaterial {
@@ -116,7 +119,7 @@ fn no_cap() -> u64 {
 }
 
 /// See [`Request::Send`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct SendRequest {
     /// The migration, as the destination's agent named it.
     pub migration_id: String,
@@ -138,8 +141,14 @@ pub struct SendRequest {
     pub limits: Limits,
 }
 
+impl std::fmt::Debug for SendRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SendRequest({} to {})", self.migration_id, self.peer) // the ticket must not reach a log
+    }
+}
+
 /// See [`Request::Receive`] and [`Request::Restore`] (which needs no ticket, peer or certificate).
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct ReceiveRequest {
     /// The migration.
     pub migration_id: String,
@@ -167,8 +176,14 @@ pub struct ReceiveRequest {
     pub on_post_copy_failure: OnPostCopyFailure,
 }
 
+impl std::fmt::Debug for ReceiveRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ReceiveRequest({} from {})", self.migration_id, self.peer) // the ticket must not reach a log
+    }
+}
+
 /// See [`Request::Checkpoint`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct CheckpointRequest {
     /// A name for this checkpoint; the images directory uses it.
     pub migration_id: String,
@@ -180,6 +195,15 @@ pub struct CheckpointRequest {
     pub container: serde_json::Value,
     /// Limits.
     pub limits: Limits,
+    /// Encrypt the file.
+    #[serde(default)]
+    pub seal: Option<SealTo>,
+}
+
+impl std::fmt::Debug for CheckpointRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CheckpointRequest({})", self.migration_id) // the container's spec must not reach a log
+    }
 }
 
 /// What a shim answers, in order; the last one is `Inspected`, `Done` or `Failed`.
@@ -276,6 +300,9 @@ pub struct Inspected {
     /// Live exec sessions: they cannot be moved.
     #[serde(default)]
     pub execs: Vec<String>,
+    /// It knows [`CheckpointRequest::seal`]: an older shim would write the file as it is.
+    #[serde(default)]
+    pub seals: bool,
     /// What a migration does here.
     #[serde(default)]
     pub migration: MigrationState,
@@ -368,8 +395,54 @@ mod tests {
 
     #[test]
     fn the_key_never_shows_in_debug_output() {
-        let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".into() };
+        let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".to_string().into() };
         assert!(!format!("{m:?}").contains("SECRET"));
+    }
+
+    #[test]
+    fn no_message_shows_a_secret_in_debug_output() {
+        let limits: Limits = serde_json::from_value(serde_json::json!({
+            "silence_s": 1, "ghost_limit": 1, "images_dir": "/i"
+        }))
+        .unwrap();
+        let secret = "SECRET".to_string();
+        let spec = serde_json::json!({ "process": { "env": ["PASSWORD=SECRET"] } });
+        let tls = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: secret.clone().into() };
+        let send: SendRequest = serde_json::from_value(serde_json::json!({
+            "migration_id": "m", "ticket": secret, "node": "a", "peer": "b", "tls": tls, "limits": limits
+        }))
+        .unwrap();
+        let receive: ReceiveRequest = serde_json::from_value(serde_json::json!({
+            "migration_id": "m", "ticket": secret, "node": "a", "tls": tls, "limits": limits
+        }))
+        .unwrap();
+        let checkpoint: CheckpointRequest = serde_json::from_value(serde_json::json!({
+            "migration_id": "m", "node": "a", "stop": false, "container": spec, "limits": limits
+        }))
+        .unwrap();
+        let hello: crate::migrate::protocol::Hello = serde_json::from_value(serde_json::json!({
+            "oldest": 1, "newest": 1, "migration_id": "m", "ticket": secret
+        }))
+        .unwrap();
+        let manifest = crate::migrate::protocol::Manifest { container: spec.clone(), ..Default::default() };
+        let value = b"SECRET".to_vec();
+        let extension = crate::containerd::record::Opaque { type_url: "x".into(), value };
+        let record = crate::containerd::record::Record {
+            spec,
+            extensions: [("x".to_string(), extension)].into(),
+            ..Default::default()
+        };
+        let offer = crate::agent::message::Offer { record, ..Default::default() };
+        let ready = crate::agent::message::Ready { ticket: secret, ..Default::default() };
+        let shown = format!(
+            "{:?} {:?} {:?} {hello:?} {manifest:?} {:?} {ready:?}",
+            Request::Send(send),
+            Request::Receive(receive),
+            Request::Checkpoint(checkpoint),
+            crate::agent::message::Message::Offer(Box::new(offer)),
+        );
+        // as text, and as Debug shows bytes
+        assert!(!shown.contains("SECRET") && !shown.contains("83, 69, 67"), "{shown}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
 
 /// The largest message, in bytes.
 const MAX: usize = 16 << 20;
@@ -20,11 +21,13 @@ const MAX_FDS: usize = 4;
 
 /// Sends a message and the descriptors that belong to it.
 pub fn send<M: Serialize>(to: &UnixStream, message: &M, fds: &[BorrowedFd]) -> Result<()> {
-    let json = serde_json::to_vec(message)?;
+    // a message may hold the node's key: nothing of it stays in memory
+    let json = Zeroizing::new(serde_json::to_vec(message)?);
     if json.len() > MAX || fds.len() > MAX_FDS {
         bail!("a control message of {} bytes and {} descriptors is too large", json.len(), fds.len());
     }
-    let mut bytes = (json.len() as u32).to_le_bytes().to_vec();
+    let mut bytes = Zeroizing::new(Vec::with_capacity(4 + json.len()));
+    bytes.extend_from_slice(&(json.len() as u32).to_le_bytes());
     bytes.extend_from_slice(&json);
     let raw: Vec<_> = fds.iter().map(|f| f.as_raw_fd()).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
@@ -65,7 +68,7 @@ pub fn recv<M: DeserializeOwned>(from: &UnixStream) -> Result<Option<(M, Vec<Own
     if len > MAX {
         bail!("a control message claims {len} bytes, at most {MAX} are allowed");
     }
-    let mut json = vec![0; len];
+    let mut json = Zeroizing::new(vec![0; len]);
     (&mut &*from).read_exact(&mut json).context("receiving a control message")?;
     Ok(Some((serde_json::from_slice(&json).context("a control message")?, fds)))
 }

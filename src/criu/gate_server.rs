@@ -24,6 +24,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
 use super::options::MASKED_FILE;
+use crate::private;
 
 /// Name of the gate's directory in the bundle.
 pub const DIR: &str = "gate";
@@ -36,7 +37,7 @@ pub const CRIU_CONF_ANNOTATION: &str = "org.criu.config";
 /// crun does not. `gates` is [`GateServer::dir`]; `path` is the spec's `cgroupsPath`, which counts where crun does not show another.
 pub fn enter_cgroup(gates: &Path, path: &str) -> Result<()> {
     let file = gates.join(CGROUP);
-    fs::write(&file, path).with_context(|| format!("writing {}", file.display()))
+    private::write(&file, path.as_bytes()).with_context(|| format!("writing {}", file.display()))
 }
 
 /// Until when to wait, and what ends the waiting early.
@@ -89,7 +90,7 @@ impl GateServer {
             fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
             symlink(program, dir.join(CRIU))?;
             symlink(program, dir.join(ACTION))?;
-            fs::write(dir.join(REAL_CRIU), criu.as_os_str().as_encoded_bytes())?;
+            private::write(&dir.join(REAL_CRIU), criu.as_os_str().as_encoded_bytes())?;
             Ok(())
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
@@ -185,7 +186,7 @@ impl GateServer {
         // For whoever comes later: CRIU runs each action script twice, and a gate may arrive after a refusal.
         let path = self.dir.join(ANSWER);
         let temporary = self.dir.join("answer.new");
-        let write = fs::write(&temporary, if go { "go" } else { "abort" })
+        let write = private::write(&temporary, if go { b"go" } else { b"abort" })
             .and_then(|()| fs::rename(&temporary, &path));
         write.with_context(|| format!("writing {}", path.display()))?;
         self.answered = true;
@@ -269,7 +270,7 @@ impl Drop for GateServer {
 /// The gates' directory is in the bundle.
 fn write_conf(gates: &Path, conf: &str) -> Result<()> {
     let path = gates.with_file_name(CRIU_CONF);
-    fs::write(&path, conf).with_context(|| format!("writing {}", path.display()))
+    private::write(&path, conf.as_bytes()).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Removes the gates of a bundle. Fine when there are none. Not before runc has ended.

@@ -6,6 +6,8 @@
 //! That there is a parent for a task's memory our page server says ([`super::page_server`]), or, when CRIU writes image files, a
 //! pagemap here that has every address (`open_page_local_xfer`, criu/page-xfer.c). What is in it nobody reads.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,6 +16,7 @@ use prost::Message;
 use super::images::MemoryImage;
 use super::page_server::{ImageKind, PE_PRESENT, page_size};
 use super::version::Version;
+use crate::private;
 
 /// `INVENTORY_MAGIC` (criu/include/magic.h); this image alone has no second magic in front.
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
@@ -47,11 +50,11 @@ impl Parent {
     pub fn create(work: &Path, images: &Path) -> Result<Self> {
         let dir = std::path::absolute(work.join("parent-images")).context("the parent images' directory")?;
         let make = || -> std::io::Result<()> {
-            match std::fs::create_dir(&dir) {
+            match DirBuilder::new().mode(0o700).create(&dir) {
                 Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
                 _ => {}
             }
-            std::fs::write(dir.join("inventory.img"), inventory())
+            private::write(&dir.join("inventory.img"), &inventory())
         };
         make().with_context(|| format!("making {}", dir.display()))?;
         Ok(Self { dir, link: images.join(LINK) })

@@ -94,6 +94,7 @@ impl Swrk {
                 CString::new(file.as_os_str().as_bytes()).context("a path with a zero byte")?,
             )),
         };
+        crate::private::under_private_umask(&mut command);
         // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare, mount, seccomp and sendmsg, on
         // numbers and strings that were prepared above; nothing allocates.
         unsafe {

@@ -4,17 +4,28 @@
 //! counts; every frame has its checksum. [`verify`] reads a file once from end to end before anything is made of it.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::codec::Kind;
 use super::protocol::{FORMAT, Final, Manifest, OLDEST};
+use super::seal::{self, SealTo};
 use super::stream::Counter;
 use super::wire::{Transport, Wire};
 
 const MAGIC: &[u8; 8] = b"TRSHPCK1";
+/// A file is not silent.
+const PATIENCE: Duration = Duration::from_secs(3600);
+const DAMAGED: &str = "the checkpoint file is damaged or truncated";
+
+/// A key was given for a file that is not encrypted.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the file is not encrypted, though an identity or a passphrase was given: whoever wrote it, it is not protected as you expect"
+)]
+pub struct NotSealed;
 
 /// A checkpoint file as the place where frames go to or come from.
 struct OnDisk(File);
@@ -41,22 +52,36 @@ impl Transport for OnDisk {
     }
 }
 
-/// Begins a checkpoint in an empty file; [`Wire::close`] makes it durable.
-pub fn create(mut file: File) -> Result<Wire> {
-    file.write_all(MAGIC).context("writing the checkpoint file")?;
-    Ok(Wire::new(Box::new(OnDisk(file)), Duration::from_secs(3600)))
+/// Begins a checkpoint in an empty file, encrypted if `seal` says so (with the file that holds the passphrase, if it is one);
+/// [`Wire::close`] makes it durable.
+pub fn create(file: File, seal: Option<(&SealTo, Option<&File>)>) -> Result<Wire> {
+    let mut io: Box<dyn Transport> = match seal {
+        None => Box::new(OnDisk(file)),
+        Some((to, secret)) => seal::seal(file, to, secret)?,
+    };
+    io.write_all(MAGIC).context("writing the checkpoint file")?;
+    Ok(Wire::new(io, PATIENCE))
 }
 
-/// Reads a checkpoint's manifest; the file then stands behind it, where [`resume`] goes on.
+/// Reads a checkpoint's manifest; the frames behind it come from what is returned with it. `keys` holds the identities or the
+/// passphrase of an encrypted file, as it is asked for by [`seal::unseal`].
 ///
 /// # Errors
-/// It is no checkpoint of ours, of a version that this build does not read, or damaged.
-pub fn open(file: &mut File) -> Result<Manifest> {
+/// It is no checkpoint of ours, of a version that this build does not read, or damaged; [`seal::WrongKey`] if that is all.
+pub fn open(mut file: File, keys: Option<&File>) -> Result<(Manifest, Wire)> {
+    let mut io: Box<dyn Transport> = match (seal::is_sealed(&mut file)?, keys) {
+        (true, keys) => seal::unseal(file, keys)?,
+        (false, None) => Box::new(OnDisk(file)),
+        // whoever gives a key counts on what it protects from
+        (false, Some(_)) => bail!(NotSealed),
+    };
     let mut magic = [0; MAGIC.len()];
-    file.seek(SeekFrom::Start(0))?;
-    let is_ours = file.read_exact(&mut magic).is_ok() && &magic == MAGIC;
+    let is_ours = match io.read_exact(&mut magic) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidData => return Err(e).context(DAMAGED),
+        read => read.is_ok() && &magic == MAGIC,
+    };
     ensure!(is_ours, "this is not a transship checkpoint file");
-    let mut wire = resume(file.try_clone()?);
+    let mut wire = Wire::new(io, PATIENCE);
     ensure!(wire.recv()? == Kind::Manifest, "the checkpoint file does not begin with its manifest");
     let manifest: Manifest = wire.message()?;
     if !(OLDEST..=FORMAT).contains(&manifest.version) {
@@ -65,26 +90,19 @@ pub fn open(file: &mut File) -> Result<Manifest> {
             manifest.version
         );
     }
-    Ok(manifest)
+    Ok((manifest, wire))
 }
 
-/// The frames behind the manifest of a file that [`open`] has read.
-pub fn resume(file: File) -> Wire {
-    Wire::new(Box::new(OnDisk(file)), Duration::from_secs(3600))
-}
-
-/// Reads the whole file: every checksum, the order of the frames and the counts at the end.
+/// Reads the whole file: every checksum, the order of the frames and the counts at the end; of an encrypted one every MAC too.
 ///
 /// # Errors
-/// What is damaged, and where, in bytes from the start.
-pub fn verify(file: &mut File) -> Result<(Manifest, Final)> {
-    let manifest = open(file)?;
-    let mut wire = Wire::new(Box::new(OnDisk(file.try_clone()?)), Duration::from_secs(3600));
+/// As [`open`]; what is damaged, and where, in bytes from the start (of what is inside, if it is encrypted).
+pub fn verify(file: File, keys: Option<&File>) -> Result<(Manifest, Final)> {
+    let (manifest, mut wire) = open(file, keys)?;
     let mut counter = Counter::default();
-    let start = file.stream_position()?;
     let totals = loop {
-        let at = start + wire.bytes().1;
-        let damaged = || format!("the checkpoint file is damaged or truncated (at byte {at})");
+        let at = MAGIC.len() as u64 + wire.bytes().1;
+        let damaged = || format!("{DAMAGED} (at byte {at})");
         let kind = wire.recv().with_context(damaged)?;
         if kind == Kind::Final {
             break wire.message::<Final>().with_context(damaged)?;
@@ -96,20 +114,26 @@ pub fn verify(file: &mut File) -> Result<(Manifest, Final)> {
         "the checkpoint file is damaged: it holds {:?}, its last frame says {totals:?}",
         counter.totals()
     );
-    let rest = io::copy(file, &mut io::sink())?;
+    let rest = wire.rest().context(DAMAGED)?;
     ensure!(rest == 0, "the checkpoint file is damaged: {rest} bytes follow its end");
     Ok((manifest, totals))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Seek, SeekFrom};
+
     use super::*;
     use crate::migrate::protocol::FileHeader;
     use crate::migrate::wire::FrameSink;
 
     fn sample() -> Vec<u8> {
+        sample_with(None)
+    }
+
+    fn sample_with(seal: Option<&SealTo>) -> Vec<u8> {
         let mut file = tempfile::tempfile().unwrap();
-        let mut w = create(file.try_clone().unwrap()).unwrap();
+        let mut w = create(file.try_clone().unwrap(), seal.map(|to| (to, None))).unwrap();
         w.json(Kind::Manifest, &Manifest { version: FORMAT, ..Manifest::default() }).unwrap();
         w.json(Kind::File, &FileHeader { name: "core-1.img".into(), size: 5 }).unwrap();
         w.frame(Kind::FileData, &[b"hello"]).unwrap();
@@ -121,20 +145,45 @@ mod tests {
         bytes
     }
 
-    fn check(bytes: &[u8]) -> Result<(Manifest, Final)> {
+    fn holding(bytes: &[u8]) -> File {
         let mut f = tempfile::tempfile().unwrap();
         f.write_all(bytes).unwrap();
-        verify(&mut f)
+        f
+    }
+
+    fn check(bytes: &[u8]) -> Result<(Manifest, Final)> {
+        verify(holding(bytes), None)
     }
 
     #[test]
     fn a_whole_file_is_accepted_and_read_from_behind_its_manifest() {
         let bytes = sample();
         assert_eq!(check(&bytes).unwrap().1.file_bytes, 5);
-        let mut f = tempfile::tempfile().unwrap();
-        f.write_all(&bytes).unwrap();
-        open(&mut f).unwrap();
-        assert_eq!(resume(f).recv().unwrap(), Kind::File);
+        let (_, mut wire) = open(holding(&bytes), None).unwrap();
+        assert_eq!(wire.recv().unwrap(), Kind::File);
+    }
+
+    #[test]
+    fn an_encrypted_file_is_verified_and_read_alike() {
+        let identity = age::x25519::Identity::generate();
+        let to = SealTo::Recipients(vec![identity.to_public().to_string()]);
+        let bytes = sample_with(Some(&to));
+        let keys = holding(age::secrecy::ExposeSecret::expose_secret(&identity.to_string()).as_bytes());
+        assert_eq!(verify(holding(&bytes), Some(&keys)).unwrap().1.file_bytes, 5);
+        let (_, mut wire) = open(holding(&bytes), Some(&keys)).unwrap();
+        assert_eq!(wire.recv().unwrap(), Kind::File);
+        assert!(verify(holding(&bytes), None).unwrap_err().is::<seal::WrongKey>());
+        assert!(verify(holding(&sample()), Some(&keys)).unwrap_err().is::<NotSealed>());
+        for cut in (0..bytes.len()).filter(|cut| *cut > 20) {
+            assert!(verify(holding(&bytes[..cut]), Some(&keys)).is_err(), "cut at {cut}");
+        }
+        // what is encrypted is believed no more than what is not
+        let mut sealed = tempfile::tempfile().unwrap();
+        let mut w = seal::seal(sealed.try_clone().unwrap(), &to, None).unwrap();
+        w.write_all(b"#!/bin/sh\n").unwrap();
+        w.finish().unwrap();
+        sealed.seek(SeekFrom::Start(0)).unwrap();
+        assert!(verify(sealed, Some(&keys)).unwrap_err().to_string().contains("not a transship"));
     }
 
     #[test]

@@ -47,7 +47,7 @@
 //! | [`destination`] | what both forms of an arrival share; one copy of everything received |
 //! | [`arrival`] | a live migration received |
 //! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
-//! | [`archive`] | a checkpoint file: the same stream, recorded |
+//! | [`archive`], [`seal`] | a checkpoint file: the same stream, recorded; encrypted |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
 //! | [`background`] | yielding the processor to the container while it runs |
 //! | [`abort`] | giving up from another thread, up to the commit |
@@ -80,6 +80,7 @@ pub mod protocol;
 pub mod quantity;
 mod remains;
 pub mod report;
+pub mod seal;
 mod shared;
 pub mod source;
 mod still;

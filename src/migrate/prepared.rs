@@ -1,6 +1,7 @@
 //! What the source finds out before the freeze: CRIU, cgroup, namespaces, options of the dump, a directory for its images.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +16,7 @@ use crate::control::RUN_DIR;
 use crate::criu::options::{Facts, dump_options, namespace};
 use crate::criu::{self, Criu};
 use crate::net;
+use crate::private;
 use crate::rootfs::WritableLayer;
 
 /// Below a migration's directory: CRIU's images.
@@ -46,7 +48,7 @@ impl Prepared {
         let netns = net::netns_of_pid(pid).context("opening the container's network namespace")?;
         let dir = ImagesDir::create(&options.limits.images_dir, &format!("{}-source", options.migration_id))?;
         for sub in [IMAGES, WORK] {
-            std::fs::create_dir(dir.0.join(sub)).context("creating the images directory")?;
+            private::dir(&dir.0.join(sub)).context("creating the images directory")?;
         }
         let config = task.bundle().join("config.json");
         let spec = oci_spec::runtime::Spec::load(&config)
@@ -110,20 +112,20 @@ pub(super) fn keep_log(error: anyhow::Error, work: &Path, options: &Options) -> 
     }
     let dir = Path::new(RUN_DIR).join("logs");
     let to = dir.join(format!("{}-dump.log", options.migration_id));
-    let keep = || -> std::io::Result<()> {
-        std::fs::create_dir_all(&dir)?;
-        std::fs::copy(work.join(criu::dump::LOG_FILE), &to)?;
+    let keep = || -> Result<()> {
+        private::dir(&dir)?;
+        std::io::copy(&mut File::open(work.join(criu::dump::LOG_FILE))?, &mut private::create(&to)?)?;
         let mut all: Vec<_> = std::fs::read_dir(&dir)?
             .flatten()
             .filter_map(|f| Some((f.metadata().ok()?.modified().ok()?, f.path())))
             .collect();
         all.sort();
-        all.iter().rev().skip(LOGS).try_for_each(|(_, path)| std::fs::remove_file(path))
+        all.iter().rev().skip(LOGS).try_for_each(|(_, path)| Ok(std::fs::remove_file(path)?))
     };
     match keep() {
         Ok(()) => anyhow!("{error:#} (log: {})", to.display()),
         Err(e) => {
-            log::warn!("keeping CRIU's log as {}: {e}", to.display());
+            log::warn!("keeping CRIU's log as {}: {e:#}", to.display());
             error
         }
     }
@@ -137,8 +139,10 @@ impl ImagesDir {
     pub fn create(parent: &Path, name: &str) -> Result<ImagesDir> {
         use std::os::unix::fs::DirBuilderExt;
         let dir = parent.join(name);
-        std::fs::create_dir_all(parent)
-            .and_then(|()| std::fs::DirBuilder::new().mode(0o700).create(&dir))
+        private::refuse_shared(parent)?;
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
             .with_context(|| format!("creating the images directory {}", dir.display()))?;
         Ok(ImagesDir(dir))
     }

@@ -50,7 +50,7 @@ pub fn migration_of(server_name: &str) -> Option<&str> {
 }
 
 /// The source's first message to the destination's shim.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
     /// Oldest protocol that the source speaks.
     pub oldest: u32,
@@ -62,6 +62,12 @@ pub struct Hello {
     pub ticket: String,
 }
 
+impl std::fmt::Debug for Hello {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hello({})", self.migration_id) // the ticket must not reach a log
+    }
+}
+
 /// The destination's answer to [`Hello`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Welcome {
@@ -70,7 +76,7 @@ pub struct Welcome {
 }
 
 /// What the stream holds; in a checkpoint file the agents' part lets the container be made anew.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Version of the stream's format.
     pub version: u32,
@@ -89,6 +95,12 @@ pub struct Manifest {
     /// CRIU dumps inside the container's network namespace, and has to restore inside its counterpart.
     #[serde(default)]
     pub in_netns: bool,
+}
+
+impl std::fmt::Debug for Manifest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Manifest(version {}, CRIU {})", self.version, self.criu) // the container's spec must not reach a log
+    }
 }
 
 /// A round of copying begins (the container runs).

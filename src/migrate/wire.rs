@@ -226,6 +226,11 @@ impl Wire {
         }
     }
 
+    /// What follows the last frame, to the end: how many bytes. There is no frame after it; only for a file.
+    pub fn rest(&mut self) -> io::Result<u64> {
+        io::copy(self.io.get_mut(), &mut io::sink())
+    }
+
     /// The payload of the frame that [`Wire::recv`] or [`Wire::try_recv`] returned last.
     pub fn payload(&self) -> &[u8] {
         self.decoder.payload()

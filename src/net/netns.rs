@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -79,7 +79,12 @@ fn on_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 /// When `path` exists already: it may be somebody else's.
 pub(super) fn create(path: &Path) -> Result<OwnedFd> {
     let parent = path.parent().context("a namespace's path needs a directory")?;
-    std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+    if !parent.exists() {
+        // as `ip netns add` makes it: others may look which namespaces there are
+        std::fs::create_dir_all(parent)
+            .and_then(|()| std::fs::set_permissions(parent, PermissionsExt::from_mode(0o755)))
+            .with_context(|| format!("making {}", parent.display()))?;
+    }
     OpenOptions::new()
         .write(true)
         .create_new(true)

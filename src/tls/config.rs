@@ -55,7 +55,7 @@ impl Pki {
             fs::read_to_string(&path)
                 .with_context(|| format!("{}: make it with `transship cert`", path.display()))
         };
-        Ok(TlsMaterial { ca: read(CA_CERT)?, cert: read(NODE_CERT)?, key: read(NODE_KEY)? })
+        Ok(TlsMaterial { ca: read(CA_CERT)?, cert: read(NODE_CERT)?, key: read(NODE_KEY)?.into() })
     }
 
     /// [`server`] with what the directory holds now.

@@ -17,6 +17,7 @@ use transship::{
     cgroup::Freezer,
     criu,
     migrate::destination::{DestinationTask, Killer},
+    private,
     rootfs::WritableLayer,
 };
 
@@ -30,6 +31,9 @@ use crate::{
     runc_error::RuncError,
     stdio::Opened,
 };
+
+/// CRIU's log, as runc names it.
+const RESTORE_LOG: &str = "restore.log";
 
 /// How long killed tasks may take to be gone.
 const KILL: Duration = Duration::from_secs(10);
@@ -84,8 +88,11 @@ impl DestinationTask for Arriving {
     }
 
     fn work_dir(&self) -> Result<PathBuf> {
-        std::fs::create_dir_all(self.work()).context("creating CRIU's work directory")?;
-        Ok(self.work())
+        let work = self.work();
+        std::fs::create_dir_all(&work).context("creating CRIU's work directory")?;
+        // CRIU would make it for everybody; it keeps the mode of what is there
+        private::create(&work.join(RESTORE_LOG)).context("making CRIU's log")?;
+        Ok(work)
     }
 
     fn restore(&mut self, images: &Path, path_first: &Path) -> Result<()> {
@@ -126,7 +133,7 @@ impl DestinationTask for Arriving {
             Ok(Ok(())) => Some(read_pid(&self.container.runc.pid_file())),
             Ok(Err(e)) => {
                 // runc's own words say little ("type NOTIFY errno 0"): CRIU's first error line says what it was
-                let log = self.work().join("restore.log");
+                let log = self.work().join(RESTORE_LOG);
                 let said = e
                     .downcast_ref::<RuncError>()
                     .map_or_else(|| format!("{e:#}"), |e| e.explain("runc restore"));

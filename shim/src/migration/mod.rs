@@ -19,10 +19,11 @@ use std::{
     collections::HashMap,
     fs, io,
     os::unix::{fs::PermissionsExt, net::UnixListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use anyhow::Result;
 use tokio::task::JoinHandle;
 use transship::{
     control::{self, Event, MigrationState, ReceiveRequest},
@@ -32,6 +33,7 @@ use transship::{
         source::Still,
         tuning::OnPostCopyFailure,
     },
+    private,
 };
 
 use crate::{container::Container, hooks::Hooks};
@@ -136,7 +138,7 @@ impl Hooks for Migrations {
             Ok(listener) => listener,
             Err(e) => {
                 // the container itself works; it just cannot be moved
-                log::error!("control socket {} of {}: {e}", path.display(), container.id);
+                log::error!("control socket {} of {}: {e:#}", path.display(), container.id);
                 return;
             }
         };
@@ -156,19 +158,19 @@ impl Hooks for Migrations {
     }
 }
 
-fn listen(path: &PathBuf) -> io::Result<tokio::net::UnixListener> {
+fn listen(path: &Path) -> Result<tokio::net::UnixListener> {
     if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir)?;
-        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+        private::dir(Path::new(control::RUN_DIR))?;
+        private::dir(dir)?;
     }
     match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e.into()),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
-    tokio::net::UnixListener::from_std(listener)
+    Ok(tokio::net::UnixListener::from_std(listener)?)
 }
 
 async fn accept(listener: tokio::net::UnixListener, container: Arc<Container>, slot: Arc<Slot>) {

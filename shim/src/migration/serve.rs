@@ -50,9 +50,11 @@ pub fn serve(stream: &UnixStream, container: &Arc<Container>, slot: &Arc<Slot>) 
         Request::Abort => abort(slot),
         Request::Resolve { decision } => resolve(container, slot, decision),
         Request::Send(r) => fd(&mut fds).and_then(|fd| send(container, slot, &r, fd.into(), &say)),
-        Request::Checkpoint(r) => fd(&mut fds).and_then(|fd| checkpoint(container, slot, r, fd.into(), &say)),
+        Request::Checkpoint(r) => fd(&mut fds)
+            .and_then(|fd| checkpoint(container, slot, r, fd.into(), fds.next().map(Into::into), &say)),
         Request::Receive(r) => fd(&mut fds).and_then(|fd| receive(container, slot, &r, fd.into(), &say)),
-        Request::Restore(r) => fd(&mut fds).and_then(|fd| restore(container, slot, &r, fd.into(), &say)),
+        Request::Restore(r) => fd(&mut fds)
+            .and_then(|fd| restore(container, slot, &r, fd.into(), fds.next().map(Into::into), &say)),
     };
     match result {
         Ok(Some(report)) => say(Event::Done { report }),
@@ -104,6 +106,7 @@ fn inspect(container: &Arc<Container>, slot: &Slot) -> Inspected {
         bundle: container.bundle.clone(),
         stdio: serde_json::to_value(kinds).unwrap_or_default(),
         runtime: container.runc.binary().to_owned(),
+        seals: true,
         execs: container.live_execs().iter().map(|e| e.process.id.clone()).collect(),
         migration: slot.migration(),
     }
@@ -205,6 +208,7 @@ fn checkpoint(
     slot: &Slot,
     request: CheckpointRequest,
     file: File,
+    secret: Option<File>,
     say: &dyn Fn(Event),
 ) -> Result<Option<Report>> {
     slot.wait_filled(say)?;
@@ -221,7 +225,7 @@ fn checkpoint(
         tuning: Tuning::default(),
     };
     let result = caught(|| {
-        let wire = archive::create(file)?;
+        let wire = archive::create(file, request.seal.as_ref().map(|to| (to, secret.as_ref())))?;
         source::checkpoint(wire, Box::new(leaving), &options, request.container, request.stop, &abort, say)
     });
     slot.end(MigrationState::Idle);
@@ -244,12 +248,12 @@ fn restore(
     container: &Arc<Container>,
     slot: &Slot,
     request: &ReceiveRequest,
-    mut file: File,
+    file: File,
+    keys: Option<File>,
     say: &dyn Fn(Event),
 ) -> Result<Option<Report>> {
     let mut arriving = Arriving::new(container)?;
-    let manifest = archive::open(&mut file)?;
-    let wire = archive::resume(file);
+    let (manifest, wire) = archive::open(file, keys.as_ref())?;
     arrive(slot, request, Abort::default(), |abort| {
         Ok((destination::restore(wire, manifest, &mut arriving, request, abort, say)?, None))
     })

@@ -17,11 +17,11 @@ mod tests;
 mod write;
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::{BufReader, BufWriter, Seek};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -37,7 +37,10 @@ const DIR: &str = "transship-tools";
 /// [`super::gate::main_if_invoked`].
 pub fn tools(parent: &Path, program: &Path) -> Result<PathBuf> {
     let dir = parent.join(DIR);
-    std::fs::create_dir_all(&dir)
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&dir)
         .and_then(|()| match symlink(program, dir.join(NAME)) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
             other => other,
@@ -93,6 +96,8 @@ fn job(args: &[OsString]) -> Option<Job> {
 
 /// Runs as CRIU's tar.
 pub(super) fn main(executable: &Path) -> Result<ExitCode> {
+    // files of the container pass through here
+    crate::private::process();
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     match job(&args) {
         Some(Job::Create(dir)) => {

@@ -119,6 +119,8 @@ struct Held {
 
 /// The keeper itself: what the executable does when it is started with the keeper's argument, before anything else and without threads.
 pub fn main() -> ExitCode {
+    crate::private::process();
+    crate::private::umask_for_root();
     // SAFETY: nothing of this process uses these numbers yet.
     unsafe { libc::close_range(1, libc::c_uint::MAX, 0) };
     for s in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGPIPE] {

@@ -17,6 +17,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "checkpoint_restored_here", needs: Needs::Migration, run: restored_here },
     Scenario { name: "checkpoint_restored_on_the_other_node", needs: Needs::Migration, run: restored_there },
     Scenario { name: "checkpoint_and_stop", needs: Needs::Migration, run: and_stop },
+    Scenario { name: "checkpoint_encrypted", needs: Needs::Migration, run: encrypted },
     Scenario { name: "checkpoint_needs_the_image", needs: Needs::Migration, run: needs_the_image },
     Scenario {
         name: "checkpoint_of_a_paused_container",
@@ -134,6 +135,98 @@ fn and_stop(bed: &Bed) -> Result<()> {
     ensure!(output.stdout == b"one\n", "{output:?}");
     container::delete(bed, Node::A, "r2")?;
     container::unpod(bed, Node::A, "r1")
+}
+
+/// Writes a new identity's file; its public key.
+fn identity(path: &Path) -> Result<String> {
+    use age::secrecy::ExposeSecret;
+    let made = age::x25519::Identity::generate();
+    std::fs::write(path, made.to_string().expose_secret())?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(made.to_public().to_string())
+}
+
+fn encrypted(bed: &Bed) -> Result<()> {
+    let redis = moves::start_redis(bed, Node::A, "r1", "10.77.5.4")?;
+    let secret = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let secret = secret.trim();
+    put(bed, Node::A, secret)?;
+    let fill =
+        "for i = 1, 20000 do redis.call('set', 'k' .. i, string.rep(i, 20)) end return redis.call('dbsize')";
+    let size = redis_cli(bed, Node::A, &["eval", fill, "0"])?;
+    let dir = bed.shared()?.join("sealed");
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir(&dir)?;
+    let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
+    let (ours, others) = (identity(&dir.join("ours"))?, identity(&dir.join("others"))?);
+    let (file, plain) = (path("c.age"), path("plain"));
+    let checkpoint = ["checkpoint", "r1", "-o", &file, "--stop", "--encrypt-to"];
+    transship::refused(bed, Node::A, &[&checkpoint[..], &[&path("ours")]].concat(), 2, "secret key")?;
+    let json = transship::ok(bed, Node::A, &[&checkpoint[..], &[&ours]].concat())?;
+    ensure!(json["report"]["encrypted"] == true, "{json}");
+    let (meta, bytes) = (std::fs::metadata(&file)?, std::fs::read(&file)?);
+    ensure!(meta.permissions().mode() & 0o7777 == 0o600 && json["report"]["bytes"] == meta.len(), "{meta:?}");
+    ensure!(bytes.starts_with(b"age-encryption.org/v1\n"), "it is not encrypted");
+    let holds = |bytes: &[u8], word: &str| bytes.windows(word.len()).any(|w| w == word.as_bytes());
+    ensure!(!holds(&bytes, secret) && !holds(&bytes, "redis"), "it can be read");
+    ensure!(std::fs::read_dir(&dir)?.count() == 3, "something was left beside it");
+    moves::stop_redis(bed, Node::A, &redis)?;
+
+    // nothing is made of what cannot be opened, or is not whole
+    let restore = ["restore", file.as_str()];
+    transship::refused(bed, Node::B, &restore, 2, "--identity")?;
+    transship::refused(
+        bed,
+        Node::B,
+        &["restore", &file, "--identity", &path("others")],
+        2,
+        "not encrypted to",
+    )?;
+    transship::refused(
+        bed,
+        Node::B,
+        &["restore", &file, "--passphrase-file", "/no/such"],
+        2,
+        "No such file",
+    )?;
+    let mut changed = bytes.clone();
+    let last = changed.len() - 9;
+    changed[last] ^= 1;
+    for (what, bad) in [("cut short", &bytes[..bytes.len() - 100]), ("changed at its end", &changed)] {
+        std::fs::write(&plain, bad)?;
+        let bad = ["restore", &plain, "--identity", &path("ours")];
+        transship::refused(bed, Node::B, &bad, 12, "damaged").context(what)?;
+        bed.expect_clean().context(what)?;
+    }
+    std::fs::remove_file(&plain)?;
+    transship::ok(bed, Node::B, &["restore", &file, "--identity", &path("ours")])?;
+    expect(bed, Node::B, &redis, secret)?;
+    let now = container::exec(bed, Node::B, "r1", &["redis-cli", "dbsize"])?.stdout;
+    ensure!(String::from_utf8_lossy(&now).trim() == size, "{size} keys, now {now:?}");
+    moves::stop_redis(bed, Node::B, &redis)?;
+
+    // age itself reads it, and what it finds is a checkpoint file
+    let age = crate::requirements::opt().join("age/bin/age");
+    if age.exists() {
+        let age = age.to_string_lossy().into_owned();
+        bed.sh(Node::B, &format!("umask 077; {age} --decrypt -i {} -o {plain} {file}", path("ours")))?;
+        ensure!(holds(&std::fs::read(&plain)?, secret), "age has found something else");
+        transship::refused(
+            bed,
+            Node::B,
+            &["restore", &plain, "--identity", &path("ours")],
+            2,
+            "not encrypted",
+        )?;
+        // and the other way round
+        std::fs::remove_file(&file)?;
+        bed.sh(Node::B, &format!("{age} --encrypt -r {others} -o {file} {plain}"))?;
+        transship::ok(bed, Node::B, &["restore", &file, "--identity", &path("others")])?;
+        expect(bed, Node::B, &redis, secret)?;
+        moves::stop_redis(bed, Node::B, &redis)?;
+    }
+    std::fs::remove_dir_all(&dir)?;
+    Ok(())
 }
 
 fn needs_the_image(bed: &Bed) -> Result<()> {

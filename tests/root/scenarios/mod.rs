@@ -39,6 +39,7 @@ mod robust_kills;
 mod robust_many;
 mod robust_output;
 mod robust_restart;
+mod secrets;
 mod stdio_attached;
 mod stdio_moves;
 mod tasks;
@@ -93,6 +94,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         robust_many::ALL,
         robust_output::ALL,
         robust_restart::ALL,
+        secrets::ALL,
         stdio_attached::ALL,
         stdio_moves::ALL,
         tasks::ALL,
