@@ -53,7 +53,9 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     }
     let offer = match link.hear().await {
         Ok(Message::Offer(offer)) => *offer,
-        Ok(Message::Ask { migration }) => return link.say(outcome::answer(&migration, peer).await).await,
+        Ok(Message::Ask { migration }) => {
+            return link.say(outcome::answer(agent, &migration, peer).await).await;
+        }
         Ok(other) => bail!("it sent {} in place of an offer", name(&other)),
         Err(_) => return Ok(()), // only looked whether we are here
     };

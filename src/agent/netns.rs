@@ -4,6 +4,7 @@ use std::{
     fs,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -96,7 +97,16 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
         ));
         return notes;
     }
-    if let Some(pid) = user_of(&path) {
+    // tasks whose shim has died may need a moment to go
+    let mut user = user_of(&path);
+    for _ in 0..30 {
+        if user.is_none() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        user = user_of(&path);
+    }
+    if let Some(pid) = user {
         notes.push(format!("the network namespace {} stays, fenced: process {pid} is in it", path.display()));
         return notes;
     }

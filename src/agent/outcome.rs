@@ -241,12 +241,31 @@ pub async fn resume(agent: &std::sync::Arc<Agent>) -> Result<()> {
 
 /// The destination's answer. A container that runs is announced anew: what was sent when it came may have been lost
 /// with the answer.
-pub async fn answer(migration: &str, source: &str) -> Message {
+pub async fn answer(agent: &Agent, migration: &str, source: &str) -> Message {
     let fate = recall(migration, source);
-    if fate == Fate::Runs {
-        announce_again(migration).await;
+    match fate {
+        Fate::Runs => announce_again(migration).await,
+        // the source runs it now that it knows: what was killed here must not be started again
+        Fate::GivenBack => {
+            if let Err(error) = give_back(agent, migration).await {
+                log::warn!("removing what came by migration {migration} and was given back: {error:#}");
+            }
+        }
+        _ => {}
     }
     Message::Fate { fate }
+}
+
+async fn give_back(agent: &Agent, migration: &str) -> Result<()> {
+    let Some(placed) = Placed::all().into_iter().find(|p| p.migration == migration) else { return Ok(()) };
+    let containerd = Containerd::connect(&agent.config.containerd).await?.namespace(&placed.namespace)?;
+    let Some(record) = containerd.container(&placed.id).await? else { return Ok(()) };
+    tokio::spawn(async move {
+        for note in clean_up(&containerd, &record, true, false).await {
+            log::info!("{}/{}, given back: {note}", placed.namespace, placed.id);
+        }
+    });
+    Ok(())
 }
 
 /// Announces the addresses of the container that came by this migration, if it is still here.

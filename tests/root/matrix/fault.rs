@@ -153,6 +153,10 @@ impl Fault {
                 Stage::Following => &[Here, Frozen],
                 Stage::Done => &[Ended],
             },
+            // the agents may come back before they are missed: the shims need them only at the end
+            Fault::Silent(Agent, _) if stage < Stage::Sent => &[Here, There],
+            // the other way is free for the commit
+            Fault::Cut(Way::Back) if stage == Stage::Committing => &[Here, There],
             Fault::Killed(Agent, _) | Fault::Silent(_, _) | Fault::Cut(_) if stage < Stage::Sent => &[Here],
             Fault::Killed(Agent, _) => &[There],
             // the commit is on its way, and may not arrive
