@@ -88,7 +88,7 @@ pub enum Verb {
     Resolve(resolve::Resolve),
     /// Is this node fit, and what to do about it
     Doctor(doctor::Doctor),
-    /// Make the CA and the nodes' certificates
+    /// Make the CA and the nodes' certificates, revoke them
     Cert(cert::Cert),
     /// Run the node's agent
     Agent(agent::Agent),
@@ -234,6 +234,7 @@ mod tests {
             "transship doctor --json",
             "transship cert ca --dir /x",
             "transship cert node node-a --address 10.0.0.1 --address a.example",
+            "transship cert revoke node-a --ca /x",
             "transship agent --config /etc/transship/agent.toml",
             "transship version --agent-socket /x.sock",
             "transship --json ps --socket /x.sock",

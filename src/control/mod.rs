@@ -83,6 +83,9 @@ pub struct TlsMaterial {
     pub cert: String,
     /// This node's key.
     pub key: String,
+    /// The CAs' lists of revoked certificates, if there are any.
+    #[serde(default)]
+    pub crl: Option<String>,
 }
 
 impl std::fmt::Debug for TlsMaterial {
@@ -365,7 +368,7 @@ mod tests {
 
     #[test]
     fn the_key_never_shows_in_debug_output() {
-        let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".into() };
+        let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".into(), crl: None };
         assert!(!format!("{m:?}").contains("SECRET"));
     }
 
