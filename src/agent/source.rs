@@ -12,8 +12,8 @@ use super::{
     api::{ErrorReport, Event, ExitCode, MigrateRequest, Reply, Report},
     examine::{Subject, examine},
     layer::{self, name},
-    link::{Frame, Link, MAX_DATA},
-    message::{Message, Ready, Started},
+    link::{Frame, Link, MAX_DATA, MAX_OFFER},
+    message::{Message, MoveAsked, Offer, Ready, Started},
     netns,
     outcome::{Fate, Undecided},
     peer::{self, Peer},
@@ -92,14 +92,15 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
         error
     };
     let silence = agent.config.silence(request.silence_seconds);
-    let Peer { mut link, name: peer, address } =
-        peer::dial(&request.to, &agent.config.pki(), &agent.node, silence).await.map_err(as_before)?;
-    if peer == agent.node {
-        return Err(as_before(
-            ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))
-                .advice("name another node by --to"),
-        ));
-    }
+    let moving = MoveAsked {
+        namespace: subject.offer.namespace.clone(),
+        container: subject.record.id.clone(),
+        ticket: request.ticket.clone(),
+    };
+    check_size(&subject.offer).map_err(as_before)?;
+    let dialled =
+        peer::dial_to_move(&request.to, &agent.config.pki(), &agent.node, silence, Some(moving)).await;
+    let Peer { mut link, name: peer, address } = dialled.map_err(as_before)?;
     let offer = Message::Offer(Box::new(subject.offer.clone()));
     let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
         if error.code == ExitCode::Unreachable {
@@ -152,6 +153,16 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     Ok(report)
 }
 
+/// No destination takes a larger offer; better said here than by a connection that is cut.
+fn check_size(offer: &Offer) -> Outcome<()> {
+    let length = serde_json::to_vec(offer).map_or(usize::MAX, |json| json.len());
+    if length + 1024 > MAX_OFFER {
+        let message = format!("its record has {length} bytes, and at most {MAX_OFFER} can be offered");
+        return Err(ErrorReport::new(ExitCode::Failed, message).advice("remove labels or extensions from it"));
+    }
+    Ok(())
+}
+
 /// From the offer to the destination's `Ready`; serves the blobs that it lacks.
 async fn prepare(
     link: &mut Link,
@@ -173,13 +184,7 @@ async fn prepare(
             Message::Progress { .. } => {}
             Message::Warning { message } => reporter.say(Event::Warning { message }),
             Message::Ready(ready) => return Ok(ready),
-            Message::Refused(refusal) => {
-                let mut error =
-                    ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
-                        .advice(refusal.advice);
-                error.node = peer.into();
-                return Err(error);
-            }
+            Message::Refused(refusal) => return Err(peer::refused(peer, refusal)),
             Message::Failed { failure, left } => return Err(failed_there(failure, &left, peer)),
             other => {
                 let error = anyhow::anyhow!("it sent {} out of turn", name(&other));
@@ -320,7 +325,8 @@ async fn send(
             Some(control::Event::Failed { failure, state }) => {
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
             }
-            Some(control::Event::Inspected(_)) => {}
+            // answers to other questions
+            Some(control::Event::Inspected(_) | control::Event::Admitted) => {}
             None if reporter.phase_name() == loss::PHASE => {
                 // the frozen copy here died with it, with memory that the destination does not have
                 let (undecided, silence) = undecided();

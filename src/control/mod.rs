@@ -48,7 +48,9 @@ pub enum Request {
     /// nothing was sent yet).
     Send(SendRequest),
     /// Take the container from the peer at the other end of the descriptor passed along (a TCP connection from which
-    /// nothing was read yet). The container was created as an incoming one.
+    /// nothing was read yet), if it is the source: then [`Event::Admitted`] comes first. If not, the answer is `Failed`, nothing was
+    /// touched, and the same can be asked again with another connection; several may be asked at once, one is admitted.
+    /// The container was created as an incoming one.
     Receive(ReceiveRequest),
     /// Write a checkpoint into the descriptor passed along (a file open for writing).
     Checkpoint(CheckpointRequest),
@@ -188,6 +190,8 @@ pub struct CheckpointRequest {
 pub enum Event {
     /// The answer to [`Request::Inspect`].
     Inspected(Inspected),
+    /// The peer of a [`Request::Receive`] has shown the source's certificate and the ticket: the migration begins.
+    Admitted,
     /// A phase began.
     Phase {
         /// Its name, as in [`crate::migrate::report::Phase`].

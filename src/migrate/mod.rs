@@ -30,6 +30,7 @@
 //! | [`codec`] | bytes <-> frames: header, caps, checksums |
 //! | [`protocol`] | the messages and the choice of a version (pure) |
 //! | [`wire`], [`tls_io`] | a blocking connection that sends and receives frames, with a deadline by silence |
+//! | [`admission`] | who is let in at the destination: the source's certificate and its ticket, in time |
 //! | [`link`] | that connection, shared by threads |
 //! | [`source`] | the order of a migration on the source: commit, or roll back |
 //! | [`prepared`] | what the source finds out before the freeze |
@@ -57,6 +58,7 @@
 //! the two traits [`source::SourceTask`] and [`destination::DestinationTask`]).
 
 pub mod abort;
+pub mod admission;
 pub mod archive;
 mod arrival;
 mod background;
