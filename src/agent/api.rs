@@ -262,7 +262,7 @@ pub struct PhaseTime {
 }
 
 /// A ticket that was given out.
-#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[derive(Serialize, Deserialize, Clone, Default, PartialEq)]
 #[serde(default)]
 pub struct TicketReport {
     /// Its text, for `transship migrate --ticket` on the source.
@@ -279,6 +279,12 @@ pub struct TicketReport {
     pub container: String,
     /// For how long it is good.
     pub valid_seconds: u64,
+}
+
+impl fmt::Debug for TicketReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TicketReport({} for {}/{} from {})", self.id, self.namespace, self.container, self.from)
+    }
 }
 
 /// A checkpoint that was written.

@@ -26,7 +26,7 @@ use crate::{
         image::{Blob, ImageRecord},
         record::Record,
     },
-    migrate::{protocol::Failure, tuning::OnPostCopyFailure},
+    migrate::{protocol::Failure, shown, tuning::OnPostCopyFailure},
     net::NetConfig,
 };
 
@@ -56,6 +56,7 @@ pub enum Message {
     /// What the destination does, for the operator.
     Progress {
         /// `blobs`, `unpack`, `layer`.
+        #[serde(deserialize_with = "shown::line")]
         what: String,
         /// So much of it.
         done: u64,
@@ -65,6 +66,7 @@ pub enum Message {
     /// Something the operator should know.
     Warning {
         /// One sentence.
+        #[serde(deserialize_with = "shown::line")]
         message: String,
     },
     /// The destination does not want the container; nothing was made there.
@@ -78,6 +80,7 @@ pub enum Message {
     /// The source gives up (before the commit).
     Cancel {
         /// Why.
+        #[serde(deserialize_with = "shown::line")]
         reason: String,
     },
     /// The container is the destination's; it runs there, unless it was moved cold.
@@ -87,6 +90,7 @@ pub enum Message {
         /// Why.
         failure: Failure,
         /// What could not be undone there; empty: nothing was left.
+        #[serde(deserialize_with = "shown::lines")]
         left: Vec<String>,
     },
     /// In place of an offer: what became of this migration, whose answer was lost?
@@ -215,10 +219,13 @@ impl Offer {
 #[serde(default)]
 pub struct Refusal {
     /// A word for programs: `version`, `name`, `memory`, `room`, `cpu`, `mounts`, ...
+    #[serde(deserialize_with = "shown::line")]
     pub code: String,
     /// What is wrong, one sentence.
+    #[serde(deserialize_with = "shown::line")]
     pub message: String,
     /// What to do about it.
+    #[serde(deserialize_with = "shown::line")]
     pub advice: String,
 }
 
@@ -227,10 +234,12 @@ pub struct Refusal {
 #[serde(default)]
 pub struct Ready {
     /// The migration.
+    #[serde(deserialize_with = "shown::line")]
     pub migration: String,
     /// The migration's secret, which the source's shim shows to the destination's; hexadecimal.
     pub ticket: String,
     /// Where the output will go.
+    #[serde(deserialize_with = "shown::line")]
     pub stdio: String,
     /// Bytes of blobs that were sent.
     pub blob_bytes: u64,
@@ -251,6 +260,7 @@ pub struct Started {
     /// The init's pid on the destination; 0 for a cold move.
     pub pid: u32,
     /// What the operator should know.
+    #[serde(deserialize_with = "shown::lines")]
     pub warnings: Vec<String>,
     /// Bytes of memory that are still on the source (post-copy).
     pub left: u64,

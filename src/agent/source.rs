@@ -25,6 +25,7 @@ use crate::{
     containerd::{Namespace, record::Record},
     control::{self, SendRequest},
     migrate::{fault, loss, protocol::Failure, tuning::OnPostCopyFailure},
+    tls::{migration_name, migration_of},
 };
 
 /// How long the killed task of a container that has left may take to end.
@@ -183,6 +184,10 @@ async fn prepare(
             }
             Message::Progress { .. } => {}
             Message::Warning { message } => reporter.say(Event::Warning { message }),
+            // it becomes the name of files here, and of a host in TLS
+            Message::Ready(ready) if migration_of(&migration_name(&ready.migration)).is_none() => {
+                return Err(lost(peer, &anyhow::anyhow!("it calls the migration {:?}", ready.migration)));
+            }
             Message::Ready(ready) => return Ok(ready),
             Message::Refused(refusal) => return Err(peer::refused(peer, refusal)),
             Message::Failed { failure, left } => return Err(failed_there(failure, &left, peer)),

@@ -49,6 +49,7 @@
 //! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
 //! | [`archive`] | a checkpoint file: the same stream, recorded |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
+//! | [`shown`] | what a peer says, made fit for a terminal and a log |
 //! | [`background`] | yielding the processor to the container while it runs |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`], [`loss`] | what was measured; what was lost in a post-copy |
@@ -82,6 +83,7 @@ pub mod quantity;
 mod remains;
 pub mod report;
 mod shared;
+pub mod shown;
 pub mod source;
 mod still;
 pub mod stream;
