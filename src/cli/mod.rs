@@ -232,7 +232,7 @@ mod tests {
             "transship migrate redis --to b --mode pre-copy --max-downtime 1s --bandwidth 1Gbit/s --compress zstd",
             "transship migrate redis --to b --on-post-copy-failure thaw --bandwidth unlimited --report r.svg",
             "transship migrate redis --to b --ticket b:1:2",
-            "transship ticket redis --from node-a --valid 2h -n k8s.io",
+            "transship ticket redis --from node-a --valid 120m -n k8s.io",
             "transship checkpoint redis --output /tmp/x --stop --json",
             "transship restore /tmp/x --name other",
             "transship ps --json",

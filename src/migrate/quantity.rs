@@ -15,9 +15,8 @@ pub fn duration_ms(text: &str) -> Result<u64, String> {
         "ms" => 1.0,
         "s" => 1e3,
         "m" | "min" => 60e3,
-        "h" => 3600e3,
         "" => return Err(format!("{text:?} has no unit; write {text}ms or {text}s")),
-        _ => return Err(format!("{unit:?} is no unit of time; write ms, s, m or h")),
+        _ => return Err(format!("{unit:?} is no unit of time; write ms, s or m")),
     };
     whole(value * factor).ok_or_else(|| format!("{text:?} is too long"))
 }
