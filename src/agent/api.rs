@@ -45,6 +45,8 @@ pub enum Request {
     Ps(PsRequest),
     /// Decide a migration whose outcome this node could not learn.
     Resolve(ResolveRequest),
+    /// Allow another node to move one container here.
+    Ticket(TicketRequest),
     /// What runs here.
     Version,
 }
@@ -57,6 +59,8 @@ pub struct MigrateRequest {
     pub namespace: String,
     /// The container's id.
     pub container: String,
+    /// A ticket of the destination's operator; empty: none.
+    pub ticket: String,
     /// The destination's agent, `HOST` or `HOST:PORT`; IPv6 addresses in brackets when a port follows.
     pub to: String,
     /// Also move a container that does not run: record, image and writable layer, without memory.
@@ -69,6 +73,20 @@ pub struct MigrateRequest {
     pub ghost_limit: u64,
     /// How memory moves; what is not said takes the agent's default.
     pub tuning: Asked,
+}
+
+/// See [`Request::Ticket`].
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+pub struct TicketRequest {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The container's id.
+    pub container: String,
+    /// The node that may move it here, as in its certificate.
+    pub from: String,
+    /// For how long.
+    pub valid_seconds: u64,
 }
 
 /// See [`Request::Checkpoint`].
@@ -211,6 +229,8 @@ pub enum Reply {
         /// What was done, one sentence.
         message: String,
     },
+    /// Of [`Request::Ticket`].
+    Ticket(TicketReport),
     /// Of [`Request::Version`].
     Version(VersionReport),
 }
@@ -258,6 +278,32 @@ pub struct PhaseTime {
     pub name: String,
     /// Its length in milliseconds.
     pub ms: f64,
+}
+
+/// A ticket that was given out.
+#[derive(Serialize, Deserialize, Clone, Default, PartialEq)]
+#[serde(default)]
+pub struct TicketReport {
+    /// Its text, for `transship migrate --ticket` on the source.
+    pub ticket: String,
+    /// Its number, as in the agent's log.
+    pub id: String,
+    /// The node that it lets a container move to.
+    pub node: String,
+    /// The node that it was given to.
+    pub from: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The container's id.
+    pub container: String,
+    /// For how long it is good.
+    pub valid_seconds: u64,
+}
+
+impl fmt::Debug for TicketReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TicketReport({} for {}/{} from {})", self.id, self.namespace, self.container, self.from)
+    }
 }
 
 /// A checkpoint that was written.

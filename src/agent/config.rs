@@ -36,6 +36,17 @@ pub enum StdioPolicy {
     Fifo,
 }
 
+/// Who needs a ticket to move a container here; see [`super::admission`].
+#[derive(Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum TicketPolicy {
+    /// Nodes that `accept_from` does not list.
+    #[default]
+    Unlisted,
+    /// Every node.
+    Always,
+}
+
 /// How containers leave this node, where the command line says nothing: the section `[migration]`.
 #[derive(Deserialize, Clone, Debug, PartialEq)]
 #[serde(default, deny_unknown_fields)]
@@ -124,8 +135,12 @@ pub struct Config {
     pub log_dir: PathBuf,
     /// CRIU's path; else `$TRANSSHIP_CRIU`, else `criu` in PATH.
     pub criu: Option<PathBuf>,
-    /// Names of the nodes that may move containers here; empty: every node with a certificate of our CA.
+    /// Names of the nodes that may move containers here at any time; `*`: every node with a certificate of our CA.
     pub accept_from: Vec<String>,
+    /// Who needs a ticket.
+    pub tickets: TicketPolicy,
+    /// The largest image that comes with a container, in bytes.
+    pub max_image_bytes: u64,
     /// The most containers that may arrive at the same time.
     pub max_incoming: usize,
     /// The most containers that leave this node may stand still at the same time (others are copied meanwhile); 0: half as many as
@@ -152,6 +167,8 @@ impl Default for Config {
             log_dir: "/var/log/transship".into(),
             criu: None,
             accept_from: Vec::new(),
+            tickets: TicketPolicy::Unlisted,
+            max_image_bytes: 32 << 30,
             max_incoming: 32,
             max_frozen: 0,
             migration: Migration::default(),
@@ -181,6 +198,11 @@ impl Config {
     fn check(&self) -> Result<()> {
         ensure!(self.silence_seconds >= 1, "silence_seconds: at least 1");
         ensure!(self.max_incoming >= 1, "max_incoming: at least 1");
+        ensure!(
+            self.tickets == TicketPolicy::Unlisted || self.accept_from.is_empty(),
+            "accept_from: nobody gets in by it where tickets = \"always\"; leave one of the two out"
+        );
+        ensure!(self.accept_from.iter().all(|n| !n.is_empty()), "accept_from: an empty name");
         let paths = [&self.pki, &self.containerd, &self.socket, &self.images_dir, &self.log_dir];
         for path in paths.into_iter().chain(&self.criu).chain(&self.host_mounts) {
             ensure!(path.is_absolute(), "{}: not an absolute path", path.display());
@@ -260,6 +282,8 @@ mod tests {
             log_dir = "/l"
             criu = "/opt/criu/bin/criu"
             accept_from = ["node-b"]
+            tickets = "unlisted"
+            max_image_bytes = 5
             max_incoming = 2
             max_frozen = 3
             [migration]
@@ -272,6 +296,7 @@ mod tests {
         "#;
         let config = Config::parse(text).unwrap();
         assert_eq!((config.stdio, config.bridge.as_deref()), (StdioPolicy::Fifo, Some("cni0")));
+        assert_eq!((config.tickets, config.max_image_bytes), (TicketPolicy::Unlisted, 5));
         assert_eq!(config.silence(0), Duration::from_secs(3));
         assert_eq!(config.silence(9999), Duration::from_secs(600));
         assert_eq!(config.limits(0, 0, 1).ghost_limit, 1);
@@ -312,6 +337,9 @@ mod tests {
             ("bridge = 'a/b'", "bridge"),
             ("host_mounts = ['x']", "absolute"),
             ("stdio = 'tape'", "tape"),
+            ("tickets = 'never'", "never"),
+            ("accept_from = ['']", "empty"),
+            ("tickets = 'always'\naccept_from = ['node-a']", "accept_from"),
             ("[migration]\nmode = 'sideways'", "sideways"),
             ("[migration]\nmax_downtime = '300'", "300ms"),
             ("[migration]\nbandwidth = 'fast'", "Gbit/s"),

@@ -1,7 +1,7 @@
 //! This node takes a container: one connection of another node's agent, from its hello to its end.
 //!
 //! ```text
-//!  Hello, Offer -> preflight -> blobs -> [Placement: lease, image, snapshot, netns, record, task] -> Ready
+//!  Hello -> may it? ([`super::admission`]) -> Offer -> preflight -> blobs -> [Placement: lease, image, snapshot, netns, record, task] -> Ready
 //!     Ready -> data connection -> shim's Receive -> Done   -> task started, lease dropped -> Started
 //!                    |                 |
 //!                    +---- failure ----+-> everything undone -> Failed
@@ -10,29 +10,39 @@
 //! The source's agent going away is a failure until the shim says that the migration is committed; from then on the
 //! container is this node's, whoever is still there to hear it.
 
-use std::{net::IpAddr, time::Instant};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail};
-use tokio::task::JoinHandle;
+use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
-    Agent, filling,
+    Agent, admission, candidates, filling,
     layer::{self, name},
-    link::{Frame, Link},
-    message::{Hello, Message, Offer, Ready, Refusal, Started, VERSIONS},
+    link::{Frame, Link, MAX_MESSAGE, MAX_OFFER},
+    message::{Hello, Message, MoveAsked, Offer, Ready, Refusal, Started, VERSIONS},
     outcome::{self, Fate},
-    pending::{Expected, Ticket},
+    pending::Agreed,
     placement::{Placement, plain, situation},
     preflight,
+    tickets::Held,
 };
 use crate::{
     containerd::{Containerd, content::check_digest, image::Blob},
     control::{self, ReceiveRequest},
     migrate::{
+        admission::LIMIT as ADMISSION_LIMIT,
         fault,
         protocol::{Failure, select},
     },
 };
+
+/// How long a peer that has shown its certificate may take for its hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long for what follows: an offer of [`MAX_OFFER`] bytes, over a slow link.
+const OFFER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Speaks with one authenticated peer until it is done.
 pub async fn serve(agent: &Agent, mut link: Link, peer: String, from: IpAddr) {
@@ -43,40 +53,95 @@ pub async fn serve(agent: &Agent, mut link: Link, peer: String, from: IpAddr) {
     link.close().await;
 }
 
+/// The peer's next message, which must be whole within the limit, however its bytes come.
+async fn soon(link: &mut Link, limit: Duration) -> Result<Message> {
+    let heard = tokio::time::timeout(limit, link.hear()).await;
+    heard.with_context(|| format!("it said nothing that was due within {} s", limit.as_secs()))?
+}
+
 async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> Result<()> {
-    let Message::Hello(theirs) = link.hear().await? else { bail!("it did not say hello") };
-    link.say(Message::Hello(hello(&agent.node))).await?;
+    let Message::Hello(theirs) = soon(link, HELLO_LIMIT).await? else { bail!("it did not say hello") };
     if let Err(message) = select(VERSIONS, (theirs.oldest, theirs.newest)) {
+        link.say(Message::Hello(hello(&agent.node))).await?;
         let advice = "install the same version of transship on both nodes".to_string();
         link.say(Message::Refused(Refusal { code: "version".into(), message, advice })).await?;
         return Ok(());
     }
-    let offer = match link.hear().await {
-        Ok(Message::Offer(offer)) => *offer,
-        Ok(Message::Ask { migration }) => {
-            return link.say(outcome::answer(agent, &migration, peer).await).await;
-        }
-        Ok(other) => bail!("it sent {} in place of an offer", name(&other)),
-        Err(_) => return Ok(()), // only looked whether we are here
+    let Some(asked) = theirs.moving else {
+        link.say(Message::Hello(hello(&agent.node))).await?;
+        return match soon(link, HELLO_LIMIT).await {
+            Ok(Message::Ask { migration }) => link.say(outcome::answer(agent, &migration, peer).await).await,
+            Ok(other) => bail!("it sent {} in place of a question", name(&other)),
+            Err(_) => Ok(()), // only looked whether we are here
+        };
     };
-    let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
-    log::info!("{peer} offers {namespace}/{id}{}", if offer.cold { ", cold" } else { "" });
-    let refuse = |code: &str, message: String| {
-        Message::Refused(Refusal { code: code.into(), message, advice: String::new() })
-    };
-    if !plain(&namespace) || !plain(&id) {
-        return link.say(refuse("name", format!("{namespace}/{id} is no name of a container"))).await;
+    if !plain(&asked.namespace) || !plain(&asked.container) {
+        let message = format!("{:?}/{:?} is no name of a container", asked.namespace, asked.container);
+        return refuse(link, None, Refusal { code: "name".into(), message, advice: String::new() }).await;
     }
+    let admitted = admission::admit(
+        &agent.config,
+        &agent.tickets,
+        &agent.certified_name(),
+        peer,
+        &asked,
+        Instant::now(),
+    );
+    let held = match admitted {
+        Ok(held) => held,
+        Err(denied) => {
+            log::warn!("refused {peer} ({from}): {}", denied.logged);
+            return refuse(link, None, denied.refusal).await;
+        }
+    };
+    offered(agent, link, peer, from, &asked, held).await
+}
+
+/// Nothing was made: a ticket that was shown is good again.
+async fn refuse(link: &Link, held: Option<Held>, refusal: Refusal) -> Result<()> {
+    drop(held);
+    link.say(Message::Refused(refusal)).await
+}
+
+/// The peer may move this container here: its offer, and what comes of it.
+async fn offered(
+    agent: &Agent,
+    link: &mut Link,
+    peer: &str,
+    from: IpAddr,
+    asked: &MoveAsked,
+    held: Option<Held>,
+) -> Result<()> {
+    let (namespace, id) = (asked.namespace.clone(), asked.container.clone());
+    let because = |code: &str, message: String| Refusal { code: code.into(), message, advice: String::new() };
     let Some(_busy) = agent.busy.enter(&namespace, &id, &format!("arriving from {peer}")) else {
-        return link.say(refuse("name", format!("{namespace}/{id} is arriving or leaving already"))).await;
+        let message = format!("{namespace}/{id} is arriving or leaving already");
+        return refuse(link, held, because("name", message)).await;
     };
+    // before the offer is read: only so many are in memory at a time
     let Ok(_slot) = agent.incoming.try_acquire() else {
-        return link.say(refuse("busy", "too many containers arrive at once".into())).await;
+        return refuse(link, held, because("busy", "too many containers arrive at once".into())).await;
     };
+    link.allow(MAX_OFFER);
+    link.say(Message::Hello(hello(&agent.node))).await?;
+    let offer = match soon(link, OFFER_LIMIT).await? {
+        Message::Offer(offer) => *offer,
+        other => bail!("it sent {} in place of an offer", name(&other)),
+    };
+    link.allow(MAX_MESSAGE);
+    log::info!("{peer} offers {namespace}/{id}{}", if offer.cold { ", cold" } else { "" });
+    if (&offer.namespace, &offer.record.id) != (&namespace, &id) {
+        let message = format!("it offers another container than {namespace}/{id}, with which it was let in");
+        log::warn!("refused {peer} ({from}): {message}");
+        return refuse(link, held, because("policy", message)).await;
+    }
     let containerd = match Containerd::connect(&agent.config.containerd).await {
         Ok(connection) => connection.namespace(&namespace)?,
-        Err(error) => return link.say(refuse("containerd", format!("{error:#}"))).await,
+        Err(error) => return refuse(link, held, because("containerd", format!("{error:#}"))).await,
     };
+    if let Err(refusal) = offer.check_size(agent.config.max_image_bytes) {
+        return refuse(link, held, refusal).await;
+    }
     let found = situation(&agent.config, &containerd, &offer).await;
     let verdict = match &found {
         Ok(found) => preflight::check(&offer, found),
@@ -88,20 +153,24 @@ async fn converse(agent: &Agent, link: &mut Link, peer: &str, from: IpAddr) -> R
     };
     if let Err(refusal) = verdict {
         log::info!("refused {namespace}/{id} of {peer}: {}", refusal.message);
-        return link.say(Message::Refused(refusal)).await;
+        return refuse(link, held, refusal).await;
     }
-    let ticket = Ticket::issue(peer, &namespace, &id, Instant::now())?;
+    // from here on something is made
+    if let Some(held) = held {
+        held.use_up();
+    }
+    let agreed = Agreed::new(peer, &namespace, &id, Instant::now())?;
     let cold = offer.cold;
-    let begun = Placement::begin(&agent.config, &containerd, offer, &ticket.migration, peer).await;
+    let begun = Placement::begin(&agent.config, &containerd, offer, &agreed.migration, peer).await;
     let mut placement = match begun {
         Ok(placement) => placement,
-        Err(error) => return link.say(refuse("containerd", format!("{error:#}"))).await,
+        Err(error) => return refuse(link, None, because("containerd", format!("{error:#}"))).await,
     };
     placement.memory_cap = found.map_or(0, |f| f.memory_cap());
     let taken = if cold {
         take_cold(agent, link, &mut placement).await
     } else {
-        take(agent, link, &mut placement, ticket, from).await
+        take(agent, link, &mut placement, agreed, from).await
     };
     match taken {
         Ok(mut started) => {
@@ -141,6 +210,7 @@ pub fn hello(node: &str) -> Hello {
         newest: VERSIONS.1,
         software: env!("CARGO_PKG_VERSION").into(),
         node: node.into(),
+        moving: None,
     }
 }
 
@@ -207,7 +277,7 @@ async fn take(
     agent: &Agent,
     link: &mut Link,
     placement: &mut Placement<'_>,
-    ticket: Ticket,
+    agreed: Agreed,
     from: IpAddr,
 ) -> Result<Started> {
     let blob_bytes = image(link, placement).await?;
@@ -215,8 +285,8 @@ async fn take(
     placement.network().await?;
     placement.container().await?;
     placement.task().await?;
-    let (secret, source) = (ticket.secret.clone(), ticket.source.clone());
-    let mut expected = agent.pending.expect(ticket.renewed(Instant::now()), from);
+    let (secret, source) = (agreed.secret.clone(), agreed.source.clone());
+    let mut expected = agent.pending.expect(agreed.renewed(Instant::now()), from);
     link.say(Message::Ready(Ready {
         migration: placement.migration.clone(),
         ticket: secret.clone(),
@@ -226,24 +296,35 @@ async fn take(
     }))
     .await?;
     let offer = &placement.offer;
-    let limit = agent.config.silence(offer.silence_seconds);
-    let connection = tokio::select! {
-        connection = wait(&mut expected, limit) => connection?,
-        gone = gave_up(link) => bail!("{gone}"),
-    };
-    let request = control::Request::Receive(ReceiveRequest {
+    // it is told at once, and has to dial, to shake hands and to show the secret
+    let limit = agent.config.silence(offer.silence_seconds) + ADMISSION_LIMIT;
+    let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
+    let request = ReceiveRequest {
         migration_id: placement.migration.clone(),
         ticket: secret,
         node: agent.node.clone(),
         peer: source,
-        tls: Some(agent.config.pki().material()?),
+        tls: None,
         limits: agent.config.limits(offer.silence_seconds, offer.ghost_limit, placement.memory_cap),
         netns: placement.netns.clone(),
         net: offer.net.clone(),
         on_post_copy_failure: offer.on_post_copy_failure,
-    });
-    let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
-    let warnings = follow(&namespace, &id, request, vec![connection.into()], Some(link)).await?;
+    };
+    let call = |connection| {
+        // the certificates as they are now
+        let tls = agent.config.pki().material();
+        let (request, namespace, id) = (request.clone(), namespace.clone(), id.clone());
+        async move {
+            let request = control::Request::Receive(ReceiveRequest { tls: Some(tls?), ..request });
+            control::client::call(&namespace, &id, request, vec![connection]).await
+        }
+    };
+    let events = tokio::select! {
+        admitted = candidates::admit(&mut expected, limit, call) => admitted?,
+        gone = gave_up(link) => bail!("{gone}"),
+    };
+    drop(expected);
+    let warnings = follow(&namespace, &id, events, Some(link)).await?;
     fault::pause("arrived", &id).await;
     // the shim has it running; this tells containerd
     let pid = placement.containerd().task_start(&id).await.map_err(|error| {
@@ -255,10 +336,6 @@ async fn take(
         started.warnings.push(format!("it runs, but containerd does not know: {error:#}"));
     }
     Ok(started)
-}
-
-async fn wait(expected: &mut Expected, limit: std::time::Duration) -> Result<std::net::TcpStream> {
-    expected.connection(limit).await
 }
 
 /// Ends when the source gives up or goes away.
@@ -275,7 +352,7 @@ async fn gave_up(link: &mut Link) -> String {
     }
 }
 
-/// Has the shim take a container in, and follows it to the end; returns warnings. When the source's agent gives up or goes
+/// Follows a shim that takes a container in to the end; returns warnings. When the source's agent gives up or goes
 /// away, the shim is asked to abort, which it does unless the migration is committed.
 ///
 /// # Errors
@@ -283,11 +360,9 @@ async fn gave_up(link: &mut Link) -> String {
 pub async fn follow(
     namespace: &str,
     id: &str,
-    request: control::Request,
-    fds: Vec<std::os::fd::OwnedFd>,
+    mut events: mpsc::Receiver<control::Event>,
     mut link: Option<&mut Link>,
 ) -> Result<Vec<String>> {
-    let mut events = control::client::call(namespace, id, request, fds).await?;
     let (mut warnings, mut phase) = (Vec::new(), String::from("transfer"));
     let mut abort: Option<JoinHandle<()>> = None;
     loop {

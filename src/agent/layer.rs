@@ -131,6 +131,7 @@ mod tests {
         let (a, b) = tokio::io::duplex(1 << 16);
         let long = Duration::from_secs(10);
         let (a, mut b) = (Link::new(a, long), Link::new(b, long));
+        b.allow(crate::agent::link::MAX_MESSAGE);
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         fs::create_dir_all(from.join("sub")).unwrap();

@@ -7,8 +7,17 @@
 //! Reading and writing are tasks of their own behind bounded channels, so that receiving can be given up and taken up
 //! again at any time, and so that each side says `Alive` whatever its logic is busy with. What arrives late is silence:
 //! a side that hears nothing for the limit ends the connection.
+//!
+//! What a peer may make us hold depends on how far it has come ([`Link::allow`]): at first short messages only.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use tokio::{
@@ -20,8 +29,13 @@ use tokio::{
 
 use super::message::Message;
 
-/// The largest message, in bytes.
-pub const MAX_MESSAGE: usize = 16 << 20;
+/// The largest message of a peer that has only just connected, in bytes; frames of other kinds are not taken from it.
+pub const MAX_GREETING: usize = 64 << 10;
+/// The largest message of a peer that may move a container, in bytes.
+pub const MAX_MESSAGE: usize = 1 << 20;
+/// The largest offer, in bytes: a container's whole record and the names of its image's blobs. As JSON in memory it is some times
+/// as much.
+pub const MAX_OFFER: usize = 4 << 20;
 /// The largest data frame, in bytes.
 pub const MAX_DATA: usize = 1 << 20;
 /// So often each side speaks at least, whatever it has been told of silence: the other may go by a limit of its own, of which the
@@ -53,10 +67,11 @@ impl Frame {
         }
     }
 
-    /// The largest payload of a kind; `None`: there is no such kind.
-    fn cap(kind: u8) -> Option<usize> {
+    /// The largest payload of a kind where messages may be so large; `None`: there is no such kind, or not yet.
+    fn cap(kind: u8, message: usize) -> Option<usize> {
         match kind {
-            0 => Some(MAX_MESSAGE),
+            0 => Some(message),
+            _ if message <= MAX_GREETING => None,
             1 | 3 => Some(MAX_DATA + DATA_HEAD),
             2 => Some(MAX_DATA),
             _ => None,
@@ -71,11 +86,14 @@ pub struct Link {
     incoming: mpsc::Receiver<Result<Frame>>,
     reader: JoinHandle<()>,
     writer: JoinHandle<()>,
+    /// The largest message that is taken.
+    most: Arc<AtomicUsize>,
     over: bool,
 }
 
 impl Link {
-    /// Starts to speak over a stream. `silence`: after so long without a byte from the peer the connection is over.
+    /// Starts to speak over a stream. `silence`: after so long without a byte from the peer the connection is over. Messages
+    /// up to [`MAX_GREETING`] are taken.
     pub fn new<S>(stream: S, silence: Duration) -> Link
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
@@ -85,14 +103,21 @@ impl Link {
         let (to, incoming) = mpsc::channel(4);
         let writer = tokio::spawn(write_all(write, outgoing, ALIVE.min(silence / 4)));
         let cut = writer.abort_handle();
+        let most = Arc::new(AtomicUsize::new(MAX_GREETING));
+        let limit = most.clone();
         let reader = tokio::spawn(async move {
-            if let Err(error) = read_all(read, &to, silence).await {
+            if let Err(error) = read_all(read, &to, silence, &limit).await {
                 let _ = to.send(Err(error)).await;
             }
             // a peer that no longer reads would keep the writer for good
             cut.abort();
         });
-        Link { out, incoming, reader, writer, over: false }
+        Link { out, incoming, reader, writer, most, over: false }
+    }
+
+    /// Messages up to so many bytes are taken from here on, and frames of all kinds if that is more than [`MAX_GREETING`].
+    pub fn allow(&self, most: usize) {
+        self.most.store(most, Ordering::Relaxed);
     }
 
     /// Sends a message.
@@ -193,7 +218,7 @@ async fn write(to: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<
         }
         Frame::Data(bytes) | Frame::Entry(bytes) | Frame::LayerData(bytes) => bytes,
     };
-    if Frame::cap(frame.kind()).is_none_or(|cap| payload.len() > cap) {
+    if Frame::cap(frame.kind(), MAX_OFFER).is_none_or(|cap| payload.len() > cap) {
         return Err(io::Error::other(format!("a frame of {} bytes is too large to send", payload.len())));
     }
     let mut head = [0; 5];
@@ -208,9 +233,10 @@ async fn read_all(
     mut from: impl AsyncRead + Unpin,
     to: &mpsc::Sender<Result<Frame>>,
     silence: Duration,
+    most: &AtomicUsize,
 ) -> Result<()> {
     loop {
-        match read(&mut from, silence).await? {
+        match read(&mut from, silence, most).await? {
             None => return Ok(()),
             Some(Frame::Message(message)) if matches!(*message, Message::Alive) => {}
             Some(frame) => {
@@ -223,13 +249,19 @@ async fn read_all(
 }
 
 /// `None` at a clean end between two frames.
-async fn read(from: &mut (impl AsyncRead + Unpin), silence: Duration) -> Result<Option<Frame>> {
+async fn read(
+    from: &mut (impl AsyncRead + Unpin),
+    silence: Duration,
+    most: &AtomicUsize,
+) -> Result<Option<Frame>> {
     let mut head = [0; 5];
     if !fill(from, &mut head, silence).await? {
         return Ok(None);
     }
     let (length, kind) = (u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize, head[4]);
-    let Some(cap) = Frame::cap(kind) else { bail!("the peer sent a frame of the unknown kind {kind}") };
+    let Some(cap) = Frame::cap(kind, most.load(Ordering::Relaxed)) else {
+        bail!("the peer sent a frame of kind {kind}, which is unknown or not due")
+    };
     if length > cap {
         bail!("the peer announced a frame of {length} bytes; at most {cap} are allowed");
     }
@@ -273,6 +305,7 @@ mod tests {
     async fn frames_arrive_in_order_and_the_end_is_seen() {
         let (a, b) = tokio::io::duplex(1000);
         let (a, mut b) = (Link::new(a, LONG), Link::new(b, LONG));
+        b.allow(MAX_MESSAGE);
         a.say(Message::Hello(Hello { node: "a".into(), ..Default::default() })).await.unwrap();
         let sender = a.sender();
         let feed = tokio::spawn(async move {
@@ -295,9 +328,33 @@ mod tests {
         for head in [[0xff, 0xff, 0xff, 0x7f, 0], [0, 0, 0x20, 0, 1], [1, 0, 0, 0, 9]] {
             let (mut a, b) = tokio::io::duplex(100);
             let mut b = Link::new(b, LONG);
+            b.allow(MAX_MESSAGE);
             a.write_all(&head).await.unwrap();
             assert!(b.frame().await.unwrap_err().to_string().contains("frame"), "{head:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_was_not_let_in_yet_may_say_little() {
+        let within = |length: u32, kind: u8| {
+            let l = length.to_le_bytes();
+            [l[0], l[1], l[2], l[3], kind]
+        };
+        for head in [within(MAX_GREETING as u32 + 1, 0), within(1, 1), within(1, 2), within(1, 3)] {
+            let (mut a, b) = tokio::io::duplex(100);
+            let mut b = Link::new(b, LONG);
+            a.write_all(&head).await.unwrap();
+            assert!(b.frame().await.unwrap_err().to_string().contains("frame"), "{head:?}");
+        }
+        // the same lengths are fine later, and what is long enough never is
+        let (a, b) = tokio::io::duplex(100);
+        let (a, mut b) = (Link::new(a, LONG), Link::new(b, LONG));
+        b.allow(MAX_MESSAGE);
+        let text = |length| Message::Warning { message: "x".repeat(length) };
+        a.say(text(MAX_GREETING)).await.unwrap();
+        assert!(matches!(b.hear().await.unwrap(), Message::Warning { .. }));
+        a.say(text(MAX_MESSAGE)).await.unwrap();
+        assert!(b.hear().await.unwrap_err().to_string().contains("at most"));
     }
 
     #[tokio::test]
@@ -319,6 +376,7 @@ mod tests {
     async fn a_stream_cut_inside_a_frame_is_an_error() {
         let (mut a, b) = tokio::io::duplex(100);
         let mut b = Link::new(b, LONG);
+        b.allow(MAX_MESSAGE);
         a.write_all(&[10, 0, 0, 0, 1, 5]).await.unwrap();
         drop(a);
         assert!(b.frame().await.unwrap_err().to_string().contains("inside"));

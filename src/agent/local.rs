@@ -331,7 +331,8 @@ async fn place(
         on_post_copy_failure: offer.on_post_copy_failure,
     });
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
-    let warnings = follow(&namespace, &id, request, fds, None).await?;
+    let events = control::client::call(&namespace, &id, request, fds).await?;
+    let warnings = follow(&namespace, &id, events, None).await?;
     let pid = placement.containerd().task_start(&id).await?;
     Ok((pid, warnings))
 }

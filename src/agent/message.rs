@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! source's agent                              destination's agent
-//!   Hello (versions, node)              ->
-//!                                       <-    Hello
+//!   Hello (versions, node, what is      ->    may it? (admission)
+//!     to be moved, ticket)              <-    Hello | Refused
 //!   Offer                               ->    preflight
 //!                                       <-    Refused | Need (blobs it lacks)
 //!   Blob, its bytes, ...                ->    lease, image, snapshot, network namespace, container, task
-//!                                       <-    Ready (migration, ticket)
+//!                                       <-    Ready (migration, its secret)
 //!   (the shims move the container over a connection of their own; or, cold: Layer, its entries, LayerEnd)
 //!                                       <-    Started | Failed (everything is undone)
 //!   Cancel, at any time before the end  ->
@@ -26,12 +26,12 @@ use crate::{
         image::{Blob, ImageRecord},
         record::Record,
     },
-    migrate::{protocol::Failure, tuning::OnPostCopyFailure},
+    migrate::{protocol::Failure, shown, tuning::OnPostCopyFailure},
     net::NetConfig,
 };
 
 /// Oldest and newest version of this protocol that this build speaks.
-pub const VERSIONS: (u32, u32) = (1, 1);
+pub const VERSIONS: (u32, u32) = (2, 2);
 
 /// One message between two agents.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -56,6 +56,7 @@ pub enum Message {
     /// What the destination does, for the operator.
     Progress {
         /// `blobs`, `unpack`, `layer`.
+        #[serde(deserialize_with = "shown::line")]
         what: String,
         /// So much of it.
         done: u64,
@@ -65,6 +66,7 @@ pub enum Message {
     /// Something the operator should know.
     Warning {
         /// One sentence.
+        #[serde(deserialize_with = "shown::line")]
         message: String,
     },
     /// The destination does not want the container; nothing was made there.
@@ -78,6 +80,7 @@ pub enum Message {
     /// The source gives up (before the commit).
     Cancel {
         /// Why.
+        #[serde(deserialize_with = "shown::line")]
         reason: String,
     },
     /// The container is the destination's; it runs there, unless it was moved cold.
@@ -87,6 +90,7 @@ pub enum Message {
         /// Why.
         failure: Failure,
         /// What could not be undone there; empty: nothing was left.
+        #[serde(deserialize_with = "shown::lines")]
         left: Vec<String>,
     },
     /// In place of an offer: what became of this migration, whose answer was lost?
@@ -115,6 +119,27 @@ pub struct Hello {
     pub software: String,
     /// The node's name.
     pub node: String,
+    /// What it wants to move to the other node. Without it the peer may ask, and not offer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moving: Option<MoveAsked>,
+}
+
+/// See [`Hello::moving`].
+#[derive(Serialize, Deserialize, Clone, Default, PartialEq, Eq)]
+#[serde(default)]
+pub struct MoveAsked {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The container's id.
+    pub container: String,
+    /// The ticket of the destination's operator; empty: none.
+    pub ticket: String,
+}
+
+impl std::fmt::Debug for MoveAsked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MoveAsked({:?}/{:?})", self.namespace, self.container) // the ticket must not reach a log
+    }
 }
 
 /// A container to be moved.
@@ -159,15 +184,48 @@ pub struct Offer {
     pub on_post_copy_failure: OnPostCopyFailure,
 }
 
+/// The most blobs in an offer: what an image may have ([`crate::containerd::image`]), and its documents.
+const MAX_BLOBS: usize = 1100;
+
+impl Offer {
+    /// The offer's own measure, before anything of it is looked up.
+    ///
+    /// # Errors
+    /// It is too much.
+    pub fn check_size(&self, max_image_bytes: u64) -> Result<(), Refusal> {
+        let no = |message: String, advice: &str| {
+            Err(Refusal { code: "size".into(), message, advice: advice.into() })
+        };
+        if self.blobs.len() > MAX_BLOBS {
+            return no(
+                format!("its image has {} blobs, at most {MAX_BLOBS} are taken", self.blobs.len()),
+                "",
+            );
+        }
+        // what does not fit into the sum is too much as well
+        let total = self.blobs.iter().try_fold(0u64, |sum, blob| sum.checked_add(blob.size));
+        match total {
+            Some(total) if total <= max_image_bytes => Ok(()),
+            _ => no(
+                format!("its image has more than the {max_image_bytes} bytes that this node takes"),
+                "raise `max_image_bytes` in this node's agent.toml",
+            ),
+        }
+    }
+}
+
 /// Why a destination does not want a container.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(default)]
 pub struct Refusal {
     /// A word for programs: `version`, `name`, `memory`, `room`, `cpu`, `mounts`, ...
+    #[serde(deserialize_with = "shown::line")]
     pub code: String,
     /// What is wrong, one sentence.
+    #[serde(deserialize_with = "shown::line")]
     pub message: String,
     /// What to do about it.
+    #[serde(deserialize_with = "shown::line")]
     pub advice: String,
 }
 
@@ -176,10 +234,12 @@ pub struct Refusal {
 #[serde(default)]
 pub struct Ready {
     /// The migration.
+    #[serde(deserialize_with = "shown::line")]
     pub migration: String,
-    /// The one-time ticket that the source's shim shows to the destination's; hexadecimal.
+    /// The migration's secret, which the source's shim shows to the destination's; hexadecimal.
     pub ticket: String,
     /// Where the output will go.
+    #[serde(deserialize_with = "shown::line")]
     pub stdio: String,
     /// Bytes of blobs that were sent.
     pub blob_bytes: u64,
@@ -200,7 +260,36 @@ pub struct Started {
     /// The init's pid on the destination; 0 for a cold move.
     pub pid: u32,
     /// What the operator should know.
+    #[serde(deserialize_with = "shown::lines")]
     pub warnings: Vec<String>,
     /// Bytes of memory that are still on the source (post-copy).
     pub left: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_offer_that_is_too_much_is_refused_by_its_numbers() {
+        let offer = |sizes: &[u64]| Offer {
+            blobs: sizes.iter().map(|size| Blob { size: *size, ..Blob::default() }).collect(),
+            ..Offer::default()
+        };
+        offer(&[]).check_size(0).unwrap();
+        offer(&[60, 40]).check_size(100).unwrap();
+        offer(&[60, 41]).check_size(100).unwrap_err();
+        offer(&[u64::MAX, 2]).check_size(u64::MAX - 1).unwrap_err();
+        let many = offer(&vec![0; MAX_BLOBS + 1]).check_size(100).unwrap_err();
+        assert!(many.code == "size" && many.message.contains("1101"));
+    }
+
+    #[test]
+    fn a_ticket_is_in_no_log_and_in_the_message() {
+        let asked = MoveAsked { namespace: "n".into(), container: "c".into(), ticket: "SECRET".into() };
+        let hello = Hello { moving: Some(asked), ..Hello::default() };
+        assert!(!format!("{hello:?}").contains("SECRET"));
+        assert!(serde_json::to_string(&hello).unwrap().contains("SECRET"));
+        assert!(!serde_json::to_string(&Hello::default()).unwrap().contains("moving"));
+    }
 }

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`config`] | `/etc/transship/agent.toml` |
 //! | [`api`] | the unix socket for the command line: messages, exit codes, client |
+//! | [`admission`], [`tickets`], [`ticket`] | which node may move a container here at all; tickets for one move, and giving one out |
+//! | [`strangers`] | connections that have not shown a certificate: how many, and who makes room |
 //! | [`server`] | the port for peers and the unix socket: who gets in, and to whom they are handed |
 //! | [`message`], [`link`] | what agents say to each other, and how |
 //! | [`peer`] | dialling another agent |
@@ -16,7 +18,7 @@
 //! | [`placement`] | making a container here step by step |
 //! | [`placed`] | the journal of that, undoing it, and what is remembered of containers that came |
 //! | [`preflight`], [`host`], [`spec`], [`pod`] | does it fit here, may it leave |
-//! | [`pending`] | one-time tickets; the data connections they let in |
+//! | [`pending`], [`candidates`] | data connections that are waited for; which of them is the source's |
 //! | [`layer`] | the writable layer of a container that does not run |
 //! | [`outcome`] | what became of migrations whose answer was lost |
 //! | [`netns`] | network namespaces of containers that come and go |
@@ -42,7 +44,9 @@ use tokio::sync::Semaphore;
 
 use crate::{control::RUN_DIR, private};
 
+pub mod admission;
 pub mod api;
+pub mod candidates;
 pub mod config;
 pub mod departed;
 pub mod destination;
@@ -69,6 +73,9 @@ pub mod server;
 pub mod setback;
 pub mod source;
 pub mod spec;
+pub mod strangers;
+pub mod ticket;
+pub mod tickets;
 
 pub use config::Config;
 
@@ -81,10 +88,31 @@ pub struct Agent {
     pub node: String,
     /// Data connections that are waited for.
     pub pending: pending::Pending,
+    /// What this node's operator has allowed for once.
+    pub tickets: tickets::Tickets,
     /// Containers that something is being done with.
     pub busy: Busy,
     /// Room for containers that arrive.
     pub incoming: Semaphore,
+}
+
+impl Agent {
+    /// One that does nothing yet.
+    pub fn new(config: Config) -> Agent {
+        Agent {
+            node: config.node_name(),
+            pending: pending::Pending::default(),
+            tickets: tickets::Tickets::default(),
+            busy: Busy::default(),
+            incoming: Semaphore::new(config.max_incoming),
+            config,
+        }
+    }
+
+    /// This node's name as others see it: in its certificate, whatever the configuration calls it.
+    pub fn certified_name(&self) -> String {
+        self.config.pki().node_name().unwrap_or_else(|_| self.node.clone())
+    }
 }
 
 /// Containers that something is being done with, and what. One thing at a time.
@@ -137,20 +165,17 @@ pub fn run(config: Config) -> Result<()> {
 /// # Errors
 /// A socket cannot be opened, or the certificates cannot be read.
 pub async fn serve(config: Config) -> Result<()> {
-    let node = config.node_name();
     // better now than at the first migration
     config.pki().server(&[crate::tls::ALPN_CONTROL])?;
-    let agent = Arc::new(Agent {
-        node,
-        pending: pending::Pending::default(),
-        busy: Busy::default(),
-        incoming: Semaphore::new(config.max_incoming),
-        config,
-    });
+    let agent = Arc::new(Agent::new(config));
     private::dir(Path::new(RUN_DIR))?;
     let images = &agent.config.images_dir;
     private::refuse_shared(images)
         .with_context(|| format!("images_dir = {}: name a directory of root's", images.display()))?;
+    match admission::in_words(&agent.config) {
+        (policy, true) => log::warn!("{policy} (accept_from has \"*\")"),
+        (policy, false) => log::info!("{policy}"),
+    }
     leftovers::sweep(&agent).await;
     if let Err(error) = outcome::resume(&agent).await {
         log::warn!("looking for undecided migrations: {error:#}");

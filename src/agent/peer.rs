@@ -17,8 +17,9 @@ use super::{
     config::DEFAULT_PORT,
     destination::hello,
     layer::name,
-    link::Link,
-    message::{Message, VERSIONS},
+    link::{Link, MAX_MESSAGE},
+    message::{Hello, Message, MoveAsked, Refusal, VERSIONS},
+    tickets,
 };
 use crate::{
     migrate::protocol::select,
@@ -28,8 +29,10 @@ use crate::{
     },
 };
 
-/// How long a TLS handshake may take, on either side.
-pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the other side may take for a TCP connection, for the TLS handshake, and for its hello.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long it may take to say whether the container may come: it looks at its configuration and its tickets only.
+const GREETING_LIMIT: Duration = Duration::from_secs(10);
 
 /// A peer that has been reached and is who it says.
 #[derive(Debug)]
@@ -66,11 +69,25 @@ pub fn host_and_port(to: &str) -> Result<(String, u16)> {
     Ok((host.into(), port))
 }
 
-/// Dials, authenticates both sides, and agrees on a version.
+/// [`dial_to_move`], to ask something.
+///
+/// # Errors
+/// As that.
+pub async fn dial(to: &str, pki: &Pki, node: &str, silence: Duration) -> Result<Peer, ErrorReport> {
+    dial_to_move(to, pki, node, silence, None).await
+}
+
+/// Dials, authenticates both sides, agrees on a version; and is let in with what is to be moved, if that is said.
 ///
 /// # Errors
 /// With the exit code that fits: [`ExitCode::Usage`], `Unreachable`, `Untrusted`, `Refused`.
-pub async fn dial(to: &str, pki: &Pki, node: &str, silence: Duration) -> Result<Peer, ErrorReport> {
+pub async fn dial_to_move(
+    to: &str,
+    pki: &Pki,
+    node: &str,
+    silence: Duration,
+    moving: Option<MoveAsked>,
+) -> Result<Peer, ErrorReport> {
     let (host, port) =
         host_and_port(to).map_err(|e| ErrorReport::new(ExitCode::Usage, format!("--to {e:#}")))?;
     let unreachable = |what: String| {
@@ -91,21 +108,56 @@ pub async fn dial(to: &str, pki: &Pki, node: &str, silence: Duration) -> Result<
     };
     let chain = stream.get_ref().1.peer_certificates().unwrap_or(&[]);
     let name = peer_name(chain).map_err(|e| ErrorReport::new(ExitCode::Untrusted, format!("{to}: {e:#}")))?;
+    if moving.is_some() && name == node {
+        let error = ErrorReport::new(ExitCode::Usage, format!("{to} is this node"));
+        return Err(error.advice("name another node by --to"));
+    }
+    if let Some(wrong) = moving.as_ref().and_then(|m| not_for(&m.ticket, &name)) {
+        return Err(wrong);
+    }
     let mut link = Link::new(stream, silence);
     let greeted = async {
-        link.say(Message::Hello(hello(node))).await?;
+        link.say(Message::Hello(Hello { moving, ..hello(node) })).await?;
         link.hear().await
     };
+    let greeted = timeout(GREETING_LIMIT, greeted).await;
+    let greeted = greeted.unwrap_or_else(|_| anyhow::bail!("no hello within {} s", GREETING_LIMIT.as_secs()));
     // a server that does not accept our certificate says so only after our side of the handshake
-    let theirs = match greeted.await {
+    let theirs = match greeted {
         Ok(Message::Hello(theirs)) => theirs,
+        Ok(Message::Refused(refusal)) => return Err(refused(&name, refusal)),
         Ok(other) => return Err(unreachable(format!("it answered {}", self::name(&other)))),
         Err(error) => return Err(untrusted(&error, to).unwrap_or_else(&unreachable)),
     };
     select(VERSIONS, (theirs.oldest, theirs.newest)).map_err(|message| {
         ErrorReport::new(ExitCode::Refused, message).advice("install the same version on both nodes")
     })?;
+    link.allow(MAX_MESSAGE);
     Ok(Peer { link, name, address })
+}
+
+/// The destination does not want the container.
+pub fn refused(peer: &str, refusal: Refusal) -> ErrorReport {
+    let mut error = ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
+        .advice(refusal.advice);
+    error.node = peer.into();
+    error
+}
+
+/// A ticket that names another node than the one that was reached is not shown to it.
+fn not_for(ticket: &str, peer: &str) -> Option<ErrorReport> {
+    let error = |message: String| {
+        ErrorReport::new(ExitCode::Usage, message)
+            .advice("a ticket is what `transship ticket` printed on the node that the container is moved to")
+    };
+    match tickets::destination_of(ticket) {
+        _ if ticket.is_empty() => None,
+        None => Some(error("--ticket: that is no ticket".into())),
+        Some(node) if node != peer => {
+            Some(error(format!("--ticket: this ticket is for a move to {node}, and this is {peer}")))
+        }
+        Some(_) => None,
+    }
 }
 
 /// Connects to the first address of a host that answers.
@@ -165,6 +217,16 @@ fn tls_in<T>(error: &anyhow::Error, look: impl Fn(&rustls::Error) -> Option<T>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ticket_is_shown_to_its_own_node_only() {
+        let ticket = format!("node-b:{}:{}", "0".repeat(16), "f".repeat(64));
+        assert!(not_for("", "node-c").is_none() && not_for(&ticket, "node-b").is_none());
+        let error = not_for(&ticket, "node-c").unwrap();
+        assert!(error.message.contains("to node-b, and this is node-c"), "{error}");
+        assert!(!error.message.contains("ffff"));
+        assert_eq!(not_for("nonsense", "node-b").unwrap().code, ExitCode::Usage);
+    }
 
     #[test]
     fn destinations() {

@@ -1,28 +1,34 @@
-//! Migrations that wait for the source's shim to connect, and their one-time tickets.
+//! Migrations that wait for the source's shim to connect, and what they were agreed under.
 //!
-//! A ticket lets one source node (by its certificate) move one container here, once, until it expires. The agent that gives
-//! it also counts its uses: the connection that asks for the migration by name is handed over once and for all. The
-//! destination's shim, which makes the handshake, checks the certificate's name and the ticket's secret.
+//! The connection that asks for a migration by name comes from the source node's address, or it is not looked at; but an address
+//! proves nothing, and a name may have been seen by others. So every such connection is passed on, and the migration goes
+//! on waiting, until the destination's shim has found one that shows the source's certificate and the migration's secret
+//! ([`super::candidates`]). A stranger who comes first, or ten of them, can use up nothing.
+//!
+//! This secret is the agents' own affair, made anew for each migration and told only to the source; it is not the operator's
+//! ticket ([`super::tickets`]), which is asked for long before.
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
+    net::{IpAddr, TcpStream},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, bail};
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 
 use crate::tls::random_hex;
 
 /// How long after [`Message::Ready`](super::message::Message::Ready) the source's shim may come.
-pub const TICKET_LIFE: Duration = Duration::from_secs(60);
+pub const LIFE: Duration = Duration::from_secs(60);
+/// Connections that nobody has looked at yet.
+const QUEUE: usize = 4;
 
-/// A ticket and what it is bound to.
+/// A migration's name and secret, and what they are bound to.
 #[derive(Clone)]
-pub struct Ticket {
-    /// The migration it is for; no secret.
+pub struct Agreed {
+    /// Its name; no secret.
     pub migration: String,
     /// 32 random bytes, hexadecimal.
     pub secret: String,
@@ -30,42 +36,42 @@ pub struct Ticket {
     pub source: String,
     /// The container, as `namespace/id`.
     pub container: String,
-    /// Until when it is good.
+    /// Until when the source's shim may come.
     pub expires: Instant,
 }
 
-impl std::fmt::Debug for Ticket {
+impl std::fmt::Debug for Agreed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Ticket({} for {} from {})", self.migration, self.container, self.source)
+        write!(f, "Agreed({} for {} from {})", self.migration, self.container, self.source)
     }
 }
 
-impl Ticket {
+impl Agreed {
     /// A fresh one.
     ///
     /// # Errors
     /// No randomness.
-    pub fn issue(source: &str, namespace: &str, id: &str, now: Instant) -> Result<Ticket> {
-        Ok(Ticket {
+    pub fn new(source: &str, namespace: &str, id: &str, now: Instant) -> Result<Agreed> {
+        Ok(Agreed {
             migration: random_hex(16)?,
             secret: random_hex(32)?,
             source: source.into(),
             container: format!("{namespace}/{id}"),
-            expires: now + TICKET_LIFE,
+            expires: now + LIFE,
         })
     }
 
-    /// Its life begins now: what was done since it was issued (an image that came along) may have taken longer.
-    pub fn renewed(mut self, now: Instant) -> Ticket {
-        self.expires = now + TICKET_LIFE;
+    /// Its life begins now: what was done since (an image that came along) may have taken longer.
+    pub fn renewed(mut self, now: Instant) -> Agreed {
+        self.expires = now + LIFE;
         self
     }
 }
 
 struct Waiting {
-    ticket: Ticket,
+    agreed: Agreed,
     from: IpAddr,
-    to: oneshot::Sender<std::net::TcpStream>,
+    to: mpsc::Sender<TcpStream>,
 }
 
 /// All migrations that wait for their data connection.
@@ -83,66 +89,57 @@ impl Pending {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a connection for this ticket in, from the address of the source's agent; it comes through the channel.
-    /// Dropping the returned [`Expected`] withdraws the ticket.
-    pub fn expect(&self, ticket: Ticket, from: IpAddr) -> Expected {
-        let (to, connection) = oneshot::channel();
-        let migration = ticket.migration.clone();
-        self.lock().insert(migration.clone(), Waiting { ticket, from, to });
-        Expected { pending: self.clone(), migration, connection }
+    /// Lets connections for this migration in, from the address of the source's agent; they come out of the returned
+    /// [`Expected`], and dropping it ends that.
+    pub fn expect(&self, agreed: Agreed, from: IpAddr) -> Expected {
+        let (to, connections) = mpsc::channel(QUEUE);
+        let migration = agreed.migration.clone();
+        self.lock().insert(migration.clone(), Waiting { agreed, from: from.to_canonical(), to });
+        Expected { pending: self.clone(), migration, connections }
     }
 
-    /// Hands a connection to whom it is for.
+    /// Passes a connection on to whoever waits for it. Whether it is the source's is not known yet.
     ///
     /// # Errors
-    /// There is no such ticket: unknown, used, withdrawn, expired, or of another address. The connection is dropped.
+    /// Nobody waits for it: unknown, over, expired, of another address, or too many come at once. The connection is dropped.
     pub fn hand_over(
         &self,
         migration: &str,
         from: IpAddr,
         now: Instant,
-        connection: std::net::TcpStream,
+        connection: TcpStream,
     ) -> Result<()> {
         let mut all = self.lock();
         match all.get(migration) {
-            None => bail!("no ticket for migration {migration} (unknown, used or withdrawn)"),
-            // it stays good for whom it was given to
-            Some(w) if w.from != from => {
+            None => bail!("no migration {migration} waits for a connection (unknown, begun or given up)"),
+            Some(w) if w.from != from.to_canonical() => {
                 bail!("migration {migration} belongs to {}, and not to {from}", w.from)
             }
-            Some(w) if w.ticket.expires < now => {
+            Some(w) if w.agreed.expires < now => {
                 all.remove(migration);
-                bail!("the ticket for migration {migration} has expired");
+                bail!("it came too late for migration {migration}");
             }
-            Some(_) => {}
+            Some(w) => match w.to.try_send(connection) {
+                Ok(()) => Ok(()),
+                Err(_) => bail!("too many connections ask for migration {migration} at once"),
+            },
         }
-        let Some(waiting) = all.remove(migration) else { bail!("no ticket") };
-        if waiting.to.send(connection).is_err() {
-            bail!("migration {migration} was given up");
-        }
-        Ok(())
     }
 }
 
-/// A connection to come. Dropped, it is no longer let in.
+/// Connections to come. Dropped, no more are let in.
 #[derive(Debug)]
 pub struct Expected {
     pending: Pending,
-    migration: String,
-    connection: oneshot::Receiver<std::net::TcpStream>,
+    /// The migration.
+    pub migration: String,
+    connections: mpsc::Receiver<TcpStream>,
 }
 
 impl Expected {
-    /// Waits for it.
-    ///
-    /// # Errors
-    /// It did not come in time.
-    pub async fn connection(&mut self, limit: Duration) -> Result<std::net::TcpStream> {
-        match tokio::time::timeout(limit, &mut self.connection).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(_)) => bail!("the ticket of migration {} was withdrawn", self.migration),
-            Err(_) => bail!("the source's shim did not connect within {} s", limit.as_secs()),
-        }
+    /// The next one; `None` once its time is over.
+    pub async fn next(&mut self) -> Option<TcpStream> {
+        self.connections.recv().await
     }
 }
 
@@ -154,7 +151,7 @@ impl Drop for Expected {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+    use std::net::{Ipv4Addr, TcpListener};
 
     use super::*;
 
@@ -167,30 +164,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_ticket_is_good_once_and_for_one() {
+    async fn whoever_comes_first_from_the_right_address_uses_nothing_up() {
         let (pending, now) = (Pending::default(), Instant::now());
-        let ticket = Ticket::issue("node-a", "default", "c", now).unwrap();
-        assert_eq!((ticket.secret.len(), ticket.migration.len()), (64, 32));
-        assert!(!format!("{ticket:?}").contains(&ticket.secret));
-        let id = ticket.migration.clone();
-        let mut expected = pending.expect(ticket, A);
+        let agreed = Agreed::new("node-a", "default", "c", now).unwrap();
+        assert_eq!((agreed.secret.len(), agreed.migration.len()), (64, 32));
+        assert!(!format!("{agreed:?}").contains(&agreed.secret));
+        let id = agreed.migration.clone();
+        let mut expected = pending.expect(agreed, A);
         let give = |from, at| pending.hand_over(&id, from, at, connection());
         assert!(give(C, now).unwrap_err().to_string().contains("belongs"));
+        // the same address, written in another way
+        give(IpAddr::V6(Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped()), now).unwrap();
         give(A, now).unwrap();
-        expected.connection(Duration::from_secs(1)).await.unwrap();
-        assert!(give(A, now).unwrap_err().to_string().contains("no ticket"), "a second use");
+        assert!(expected.next().await.is_some() && expected.next().await.is_some());
+        for _ in 0..QUEUE {
+            give(A, now).unwrap();
+        }
+        assert!(give(A, now).unwrap_err().to_string().contains("too many"));
+        drop(expected);
+        assert!(give(A, now).unwrap_err().to_string().contains("no migration"), "after it has begun");
     }
 
     #[tokio::test]
-    async fn withdrawn_and_expired_tickets_are_refused() {
+    async fn what_is_over_is_over() {
         let (pending, now) = (Pending::default(), Instant::now());
-        let ticket = Ticket::issue("node-a", "default", "c", now).unwrap();
-        drop(pending.expect(ticket.clone(), A));
-        assert!(pending.hand_over(&ticket.migration, A, now, connection()).is_err());
-        let mut expected = pending.expect(ticket.clone(), A);
-        let late = now + TICKET_LIFE + Duration::from_secs(1);
-        let error = pending.hand_over(&ticket.migration, A, late, connection()).unwrap_err();
-        assert!(error.to_string().contains("expired"), "{error}");
-        assert!(expected.connection(Duration::from_millis(10)).await.is_err());
+        let agreed = Agreed::new("node-a", "default", "c", now).unwrap();
+        drop(pending.expect(agreed.clone(), A));
+        assert!(pending.hand_over(&agreed.migration, A, now, connection()).is_err());
+        let mut expected = pending.expect(agreed.clone(), A);
+        let late = now + LIFE + Duration::from_secs(1);
+        let error = pending.hand_over(&agreed.migration, A, late, connection()).unwrap_err();
+        assert!(error.to_string().contains("too late"), "{error}");
+        assert!(expected.next().await.is_none());
     }
 }

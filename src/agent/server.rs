@@ -1,13 +1,15 @@
 //! The agent's two sockets: the port for peers and the unix socket for the command line.
 //!
-//! Until a connection to the port has shown a certificate it costs little: their number is limited, each has
-//! [`HANDSHAKE_LIMIT`] for its ClientHello and as much for its handshake, and at most 16 KiB of it are looked at.
+//! Until a connection to the port has shown a certificate it costs little: their number is limited ([`super::strangers`]), each
+//! has [`STRANGER_LIMIT`] for all it has to say, at most 16 KiB of it are looked at before the handshake, and the log gets so
+//! many lines about them and no more. A node that has shown one has [`MAX_PER_NODE`] connections at a time.
 
 use std::{
+    collections::HashMap,
     fs,
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -18,23 +20,29 @@ use tokio::{
     sync::Semaphore,
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     Agent,
     api::{self, Event, Request},
     destination,
     link::Link,
-    local,
-    peer::HANDSHAKE_LIMIT,
-    ps,
+    local, ps,
     reporter::Reporter,
     source,
+    strangers::{Limits, Strangers, Throttle},
+    ticket,
 };
 use crate::tls::{ALPN_CONTROL, ALPN_DATA, config::peer_name, migration_of, peek::peek};
 
-/// The most connections that have not shown a certificate yet; more wait in the kernel's queue.
-const MAX_STRANGERS: usize = 256;
+/// How long a connection may take until it has shown a certificate, or asked for a migration that is waited for.
+pub const STRANGER_LIMIT: Duration = Duration::from_secs(10);
+
+/// The most connections of one node that has shown its certificate: moves that come from it, and its questions about others.
+pub const MAX_PER_NODE: usize = 128;
+
+/// Lines in the log about strangers: so many in each period.
+const LINES: (u32, Duration) = (50, Duration::from_secs(10));
 
 /// The most requests of the command line at a time.
 const MAX_CLIENTS: usize = 256;
@@ -67,11 +75,24 @@ pub fn bind_cli(agent: &Agent) -> Result<UnixListener> {
     bind().with_context(|| format!("listening on {}", path.display()))
 }
 
+/// What all connections to the port share.
+#[derive(Debug)]
+struct Door {
+    agent: Arc<Agent>,
+    strangers: Strangers,
+    guests: Arc<Guests>,
+    lines: Mutex<Throttle>,
+}
+
 /// Serves the port; never ends.
 pub async fn serve_peers(agent: Arc<Agent>, listener: TcpListener) {
-    let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
+    let door = Arc::new(Door {
+        agent,
+        strangers: Strangers::new(Limits::default()),
+        guests: Arc::default(),
+        lines: Mutex::new(Throttle::new(LINES.0, LINES.1, Instant::now())),
+    });
     loop {
-        let Ok(permit) = strangers.clone().acquire_owned().await else { return };
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -81,9 +102,14 @@ pub async fn serve_peers(agent: Arc<Agent>, listener: TcpListener) {
                 continue;
             }
         };
-        let agent = agent.clone();
+        let door = door.clone();
         tokio::spawn(async move {
-            if let Err(error) = welcome(agent, stream, from, permit).await {
+            if let Err(error) = welcome(&door, stream, from).await {
+                let mut lines = door.lines.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(unsaid) = lines.may(Instant::now()) else { return };
+                if unsaid > 0 {
+                    log::warn!("{unsaid} other connections were refused, and nothing was said of them");
+                }
                 match super::peer::trust_in(&error) {
                     Some(problem) => log::warn!("refused {from}: {problem}"),
                     None => log::warn!("connection of {from}: {error:#}"),
@@ -93,34 +119,90 @@ pub async fn serve_peers(agent: Arc<Agent>, listener: TcpListener) {
     }
 }
 
-/// Hands a connection to whom it is for; `stranger` is given back once it is known whose it is.
-async fn welcome(
-    agent: Arc<Agent>,
-    stream: TcpStream,
-    from: SocketAddr,
-    stranger: tokio::sync::OwnedSemaphorePermit,
-) -> Result<()> {
+/// What a stranger turned out to be.
+enum Caller {
+    /// A node, by its certificate.
+    Node(Box<TlsStream<TcpStream>>, String),
+    /// It asks for this migration; the shim has to find out who it is.
+    Migration(String, std::net::TcpStream),
+}
+
+/// Hands a connection to whom it is for.
+async fn welcome(door: &Door, stream: TcpStream, from: SocketAddr) -> Result<()> {
+    let agent = &door.agent;
+    let mut stranger = door.strangers.enter(from.ip());
+    let caller = tokio::select! {
+        caller = timeout(STRANGER_LIMIT, identify(agent, stream)) => {
+            caller.with_context(|| format!("no certificate within {} s", STRANGER_LIMIT.as_secs()))??
+        }
+        () = stranger.evicted() => bail!("it had not shown a certificate yet, and had to make room for another"),
+    };
+    drop(stranger);
+    let (stream, peer) = match caller {
+        Caller::Migration(migration, stream) => {
+            return agent.pending.hand_over(&migration, from.ip(), Instant::now(), stream);
+        }
+        Caller::Node(stream, peer) => (*stream, peer),
+    };
+    let Some(_guest) = door.guests.enter(&peer) else {
+        bail!("{peer} has {MAX_PER_NODE} connections already");
+    };
+    let link = Link::new(stream, agent.config.silence(0));
+    destination::serve(agent, link, peer, from.ip()).await;
+    Ok(())
+}
+
+/// Finds out what a connection is.
+async fn identify(agent: &Agent, stream: TcpStream) -> Result<Caller> {
     stream.set_nodelay(true).context("TCP_NODELAY")?;
-    let hello = peek(&stream, HANDSHAKE_LIMIT).await?;
+    let hello = peek(&stream, STRANGER_LIMIT).await?;
     if hello.speaks(ALPN_DATA) {
         let name = hello.sni.unwrap_or_default();
         let Some(migration) = migration_of(&name) else { bail!("{name:?} is no migration") };
         let stream = stream.into_std()?;
         // the shim's threads read and write blocking
         stream.set_nonblocking(false)?;
-        return agent.pending.hand_over(migration, from.ip(), Instant::now(), stream);
+        return Ok(Caller::Migration(migration.into(), stream));
     }
     ensure!(hello.speaks(ALPN_CONTROL), "it speaks none of our protocols");
     let config = agent.config.pki().server(&[ALPN_CONTROL])?;
-    let handshake = TlsAcceptor::from(config).accept(stream);
-    let stream = timeout(HANDSHAKE_LIMIT, handshake).await.context("no handshake within 5 s")??;
+    let stream = TlsAcceptor::from(config).accept(stream).await?;
     let peer = peer_name(stream.get_ref().1.peer_certificates().unwrap_or(&[]))?;
-    let accepted = &agent.config.accept_from;
-    ensure!(accepted.is_empty() || accepted.contains(&peer), "{peer} is not listed in accept_from");
-    drop(stranger);
-    let link = Link::new(stream, agent.config.silence(0));
-    destination::serve(&agent, link, peer, from.ip()).await;
-    Ok(())
+    Ok(Caller::Node(Box::new(stream), peer))
+}
+
+/// Connections of nodes that have shown their certificates, by name.
+#[derive(Debug, Default)]
+struct Guests(Mutex<HashMap<String, usize>>);
+
+/// One of them.
+struct Guest {
+    guests: Arc<Guests>,
+    node: String,
+}
+
+impl Guests {
+    fn enter(self: &Arc<Self>, node: &str) -> Option<Guest> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.entry(node.into()).or_default();
+        if *count >= MAX_PER_NODE {
+            return None;
+        }
+        *count += 1;
+        Some(Guest { guests: self.clone(), node: node.into() })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut all = self.guests.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = all.get_mut(&self.node) {
+            *count -= 1;
+            if *count == 0 {
+                all.remove(&self.node);
+            }
+        }
+    }
 }
 
 /// Serves the unix socket; never ends.
@@ -198,9 +280,17 @@ async fn carry_out(agent: &Agent, request: Request, reporter: &mut Reporter) {
             let result = ps::list(agent, &request.namespace).await;
             reporter.end(result);
         }
+        Request::Ticket(request) => {
+            let result = ticket::issue(agent, &request);
+            reporter.end(result);
+        }
         Request::Version => {
             let result = ps::version(agent).await;
             reporter.end(result);
         }
     }
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

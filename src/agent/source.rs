@@ -14,8 +14,8 @@ use super::{
     examine::{Subject, examine},
     layer::{self, name},
     leftovers,
-    link::{Frame, Link, MAX_DATA},
-    message::{Message, Ready, Started},
+    link::{Frame, Link, MAX_DATA, MAX_OFFER},
+    message::{Message, MoveAsked, Offer, Ready, Started},
     outcome::{Fate, Undecided},
     peer::{self, Peer},
     reporter::Reporter,
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     control::{self, SendRequest},
     migrate::{fault, loss, protocol::Failure, tuning::OnPostCopyFailure},
+    tls::{migration_name, migration_of},
 };
 
 type Outcome<T> = Result<T, ErrorReport>;
@@ -88,14 +89,15 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
         error
     };
     let silence = agent.config.silence(request.silence_seconds);
-    let Peer { mut link, name: peer, address } =
-        peer::dial(&request.to, &agent.config.pki(), &agent.node, silence).await.map_err(as_before)?;
-    if peer == agent.node {
-        return Err(as_before(
-            ErrorReport::new(ExitCode::Usage, format!("{} is this node", request.to))
-                .advice("name another node by --to"),
-        ));
-    }
+    let moving = MoveAsked {
+        namespace: subject.offer.namespace.clone(),
+        container: subject.record.id.clone(),
+        ticket: request.ticket.clone(),
+    };
+    check_size(&subject.offer).map_err(as_before)?;
+    let dialled =
+        peer::dial_to_move(&request.to, &agent.config.pki(), &agent.node, silence, Some(moving)).await;
+    let Peer { mut link, name: peer, address } = dialled.map_err(as_before)?;
     fault::pause("offer", &request.container).await;
     let offer = Message::Offer(Box::new(subject.offer.clone()));
     let ready = prepare(&mut link, offer, &subject, reporter, &peer).await.map_err(|mut error| {
@@ -150,6 +152,16 @@ async fn attempt(agent: &Agent, request: &MigrateRequest, reporter: &mut Reporte
     Ok(report)
 }
 
+/// No destination takes a larger offer; better said here than by a connection that is cut.
+fn check_size(offer: &Offer) -> Outcome<()> {
+    let length = serde_json::to_vec(offer).map_or(usize::MAX, |json| json.len());
+    if length + 1024 > MAX_OFFER {
+        let message = format!("its record has {length} bytes, and at most {MAX_OFFER} can be offered");
+        return Err(ErrorReport::new(ExitCode::Failed, message).advice("remove labels or extensions from it"));
+    }
+    Ok(())
+}
+
 /// From the offer to the destination's `Ready`; serves the blobs that it lacks.
 async fn prepare(
     link: &mut Link,
@@ -170,14 +182,12 @@ async fn prepare(
             }
             Message::Progress { .. } => {}
             Message::Warning { message } => reporter.say(Event::Warning { message }),
-            Message::Ready(ready) => return Ok(ready),
-            Message::Refused(refusal) => {
-                let mut error =
-                    ErrorReport::new(ExitCode::Refused, format!("{peer} refused: {}", refusal.message))
-                        .advice(refusal.advice);
-                error.node = peer.into();
-                return Err(error);
+            // it becomes the name of files here, and of a host in TLS
+            Message::Ready(ready) if migration_of(&migration_name(&ready.migration)).is_none() => {
+                return Err(lost(peer, &anyhow::anyhow!("it calls the migration {:?}", ready.migration)));
             }
+            Message::Ready(ready) => return Ok(ready),
+            Message::Refused(refusal) => return Err(peer::refused(peer, refusal)),
             Message::Failed { failure, left } => return Err(failed_there(failure, &left, peer)),
             other => {
                 let error = anyhow::anyhow!("it sent {} out of turn", name(&other));
@@ -318,7 +328,8 @@ async fn send(
             Some(control::Event::Failed { failure, state }) => {
                 return Err(failed_here(link, failure, &state, there, agent, &peer, subject).await);
             }
-            Some(control::Event::Inspected(_)) => {}
+            // answers to other questions
+            Some(control::Event::Inspected(_) | control::Event::Admitted) => {}
             None if reporter.phase_name() == loss::PHASE => {
                 // the frozen copy here died with it, with memory that the destination does not have
                 leftovers::images_of_source(&agent.config.images_dir, &ready.migration).await;

@@ -1,4 +1,5 @@
-//! `transship cert`: the CA and the nodes' certificates. What is in them is [`crate::tls::cert`]'s matter.
+//! `transship cert`: the CA, the nodes' certificates, and the list of those that are no longer good. What is in them is
+//! [`crate::tls::cert`]'s and [`crate::tls::revocation`]'s matter.
 
 use std::path::PathBuf;
 
@@ -8,11 +9,12 @@ use serde_json::json;
 use super::output::Answer;
 use crate::agent::api::{ErrorReport, ExitCode};
 use crate::tls::cert::{Validity, write_ca, write_node};
+use crate::tls::revocation::{Which, write_revoked};
 
 /// Where the CA is kept unless told otherwise: apart from the nodes' own files, because its key leaves this machine never.
 const CA_DIR: &str = "/etc/transship/ca";
 
-/// Make the CA and the nodes' certificates.
+/// Make the CA and the nodes' certificates, and revoke them.
 ///
 /// Nodes accept each other when their certificates are of the same CA. Make the CA once, on a machine that you trust; its key
 /// (ca.key) is not needed on the nodes.
@@ -28,6 +30,8 @@ enum What {
     Ca(Ca),
     /// Make a node's certificate: node.pem, node.key and a copy of ca.pem
     Node(Node),
+    /// Revoke certificates: crl.pem, for every node's pki directory
+    Revoke(Revoke),
 }
 
 #[derive(Args, Debug, Clone)]
@@ -67,6 +71,38 @@ struct Node {
     force: bool,
 }
 
+#[derive(Args, Debug, Clone)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["name", "cert"]))]
+struct Revoke {
+    /// Every certificate that this CA has issued to the node so far
+    name: Option<String>,
+    /// Only the certificate in this file
+    #[arg(long, value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// Where the CA is
+    #[arg(long, value_name = "DIR", default_value = CA_DIR)]
+    ca: PathBuf,
+    /// The list holds for so many days; with an older one nodes accept nobody
+    #[arg(long, default_value_t = 3650)]
+    days: u32,
+}
+
+impl Revoke {
+    fn run(&self) -> Result<Answer, ErrorReport> {
+        let which = match (&self.cert, &self.name) {
+            (Some(file), _) => Which::File(file.clone()),
+            (None, name) => Which::Node(name.clone().unwrap_or_default()),
+        };
+        let (file, new) = write_revoked(&self.ca, &which, Validity::days(self.days))
+            .map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
+        let text = format!(
+            "{}\n{new} revoked; copy this file into /etc/transship/pki of every node: it counts from the next connection on",
+            file.display()
+        );
+        Ok(Answer::new(json!({ "files": [file], "revoked": new }), text))
+    }
+}
+
 impl Cert {
     /// Runs it.
     pub fn run(&self) -> Result<Answer, ErrorReport> {
@@ -86,6 +122,7 @@ impl Cert {
                 ),
                 "on the node these files belong into /etc/transship/pki",
             ),
+            What::Revoke(revoke) => return revoke.run(),
         };
         let files = files.map_err(|e| ErrorReport::new(ExitCode::Failed, format!("{e:#}")))?;
         let mut text = String::new();
@@ -121,5 +158,12 @@ mod tests {
         assert_eq!(made.fields["files"].as_array().unwrap().len(), 3);
         run(&["node", "a", "--ca", &ca, "--dir", &node]).unwrap_err();
         run(&["node", "a", "--ca", &ca, "--dir", &node, "--force"]).unwrap();
+        // both that were made, and then none
+        assert_eq!(run(&["revoke", "a", "--ca", &ca]).unwrap().fields["revoked"], 2);
+        let cert = path("node/node.pem");
+        assert_eq!(run(&["revoke", "--cert", &cert, "--ca", &ca]).unwrap().fields["revoked"], 0);
+        run(&["revoke", "b", "--ca", &ca]).unwrap_err();
+        assert!(Only::try_parse_from(["cert", "revoke"]).is_err());
+        assert!(Only::try_parse_from(["cert", "revoke", "a", "--cert", &cert]).is_err());
     }
 }

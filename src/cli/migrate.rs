@@ -27,6 +27,9 @@ pub struct Migrate {
     /// Where containerd keeps it.
     #[command(flatten)]
     pub namespace: Namespace,
+    /// What `transship ticket` printed on the destination, if this node is not listed there
+    #[arg(long, value_name = "TICKET", default_value = "", hide_default_value = true)]
+    pub ticket: String,
     /// Move it also when it does not run: record, image and writable layer
     #[arg(long)]
     pub cold: bool,
@@ -89,6 +92,7 @@ impl Migrate {
             namespace: self.namespace.or_default(),
             container: self.container.clone(),
             to: self.to.to_string(),
+            ticket: self.ticket.clone(),
             cold,
             ignore_cpu: self.ignore_cpu,
             silence_seconds: self.silence,
@@ -144,6 +148,7 @@ mod tests {
             container: "redis".into(),
             to: "node-b".parse().unwrap(),
             namespace: Namespace { namespace: Some("k8s.io".into()) },
+            ticket: "t".into(),
             cold: false,
             ignore_cpu: true,
             silence: 7,
@@ -171,7 +176,7 @@ mod tests {
         let [Request::Migrate(first), Request::Migrate(second)] = &asked[..] else { panic!("{asked:?}") };
         assert_eq!((first.cold, second.cold), (false, true));
         assert_eq!((first.to.as_str(), first.namespace.as_str()), ("node-b:7420", "k8s.io"));
-        assert_eq!((first.ignore_cpu, first.silence_seconds), (true, 7));
+        assert_eq!((first.ignore_cpu, first.silence_seconds, first.ticket.as_str()), (true, 7, "t"));
         assert_eq!((first.tuning.mode, first.tuning.compress), (Some(Mode::PreCopy), None));
 
         let socket = dir.path().join("no.sock");

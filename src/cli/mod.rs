@@ -3,7 +3,7 @@
 //!
 //! | file | what lives there |
 //! |---|---|
-//! | [`migrate`], [`checkpoint`], [`restore`], [`ps`], [`resolve`], [`doctor`], [`cert`], [`agent`], [`version`] | the verbs |
+//! | [`migrate`], [`ticket`], [`checkpoint`], [`restore`], [`ps`], [`resolve`], [`doctor`], [`cert`], [`agent`], [`version`] | the verbs |
 //! | [`exit`] | exit statuses, as the help and the README show them |
 //! | [`output`] | the end of every command: one JSON object, or words for a person |
 //! | [`progress`] | phases and bytes while the agent works |
@@ -34,6 +34,7 @@ pub mod restore;
 pub mod summary;
 pub mod table;
 pub mod tables;
+pub mod ticket;
 pub mod timeline;
 pub mod tuning;
 pub mod units;
@@ -78,6 +79,8 @@ pub struct Common {
 pub enum Verb {
     /// Move a container to another node
     Migrate(migrate::Migrate),
+    /// Allow another node to move one container here, once
+    Ticket(ticket::Ticket),
     /// Write a container's state to a file
     Checkpoint(checkpoint::Checkpoint),
     /// Make a container of a checkpoint file
@@ -88,7 +91,7 @@ pub enum Verb {
     Resolve(resolve::Resolve),
     /// Is this node fit, and what to do about it
     Doctor(doctor::Doctor),
-    /// Make the CA and the nodes' certificates
+    /// Make the CA and the nodes' certificates, revoke them
     Cert(cert::Cert),
     /// Run the node's agent
     Agent(agent::Agent),
@@ -101,6 +104,7 @@ impl Verb {
     pub fn name(&self) -> &'static str {
         match self {
             Verb::Migrate(_) => "migrate",
+            Verb::Ticket(_) => "ticket",
             Verb::Checkpoint(_) => "checkpoint",
             Verb::Restore(_) => "restore",
             Verb::Ps(_) => "ps",
@@ -167,6 +171,7 @@ fn run(cli: Cli) -> ExitCode {
     let common = &cli.common;
     let result: Result<Answer, ErrorReport> = match &cli.verb {
         Verb::Migrate(verb) => verb.run(common),
+        Verb::Ticket(verb) => verb.run(common),
         Verb::Checkpoint(verb) => verb.run(common),
         Verb::Restore(verb) => verb.run(common),
         Verb::Ps(verb) => verb.run(common),
@@ -226,6 +231,8 @@ mod tests {
             "transship migrate redis --to [::1]:7420 -n k8s.io --cold --ignore-cpu --yes --json",
             "transship migrate redis --to b --mode pre-copy --max-downtime 1s --bandwidth 1Gbit/s --compress zstd",
             "transship migrate redis --to b --on-post-copy-failure thaw --bandwidth unlimited --report r.svg",
+            "transship migrate redis --to b --ticket b:1:2",
+            "transship ticket redis --from node-a --valid 120m -n k8s.io",
             "transship checkpoint redis --output /tmp/x --stop --json",
             "transship restore /tmp/x --name other",
             "transship ps --json",
@@ -234,6 +241,7 @@ mod tests {
             "transship doctor --json",
             "transship cert ca --dir /x",
             "transship cert node node-a --address 10.0.0.1 --address a.example",
+            "transship cert revoke node-a --ca /x",
             "transship agent --config /etc/transship/agent.toml",
             "transship version --agent-socket /x.sock",
             "transship --json ps --socket /x.sock",
@@ -255,6 +263,8 @@ mod tests {
             "transship migrate redis --to b --compress gzip",
             "transship migrate redis --to b --report r.pdf",
             "transship migrate redis --to b --on-post-copy-failure panic",
+            "transship ticket redis",
+            "transship ticket redis --from node-a --valid 5",
             "transship checkpoint redis",
             "transship resolve redis",
             "transship resolve redis --run-here --moved",

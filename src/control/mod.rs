@@ -50,7 +50,9 @@ pub enum Request {
     /// nothing was sent yet).
     Send(SendRequest),
     /// Take the container from the peer at the other end of the descriptor passed along (a TCP connection from which
-    /// nothing was read yet). The container was created as an incoming one.
+    /// nothing was read yet), if it is the source: then [`Event::Admitted`] comes first. If not, the answer is `Failed`, nothing was
+    /// touched, and the same can be asked again with another connection; several may be asked at once, one is admitted.
+    /// The container was created as an incoming one.
     Receive(ReceiveRequest),
     /// Write a checkpoint into the descriptor passed along (a file open for writing). A second one, if the file is to be
     /// encrypted with a passphrase, holds that.
@@ -86,6 +88,9 @@ pub struct TlsMaterial {
     pub cert: String,
     /// This node's key; wiped from memory when it is dropped.
     pub key: Zeroizing<String>,
+    /// The CAs' lists of revoked certificates, if there are any.
+    #[serde(default)]
+    pub crl: Option<String>,
 }
 
 impl std::fmt::Debug for TlsMaterial {
@@ -212,6 +217,8 @@ impl std::fmt::Debug for CheckpointRequest {
 pub enum Event {
     /// The answer to [`Request::Inspect`].
     Inspected(Inspected),
+    /// The peer of a [`Request::Receive`] has shown the source's certificate and the ticket: the migration begins.
+    Admitted,
     /// A phase began.
     Phase {
         /// Its name, as in [`crate::migrate::report::Phase`].
@@ -395,7 +402,8 @@ mod tests {
 
     #[test]
     fn the_key_never_shows_in_debug_output() {
-        let m = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".to_string().into() };
+        let m =
+            TlsMaterial { ca: "ca".into(), cert: "c".into(), key: "SECRET".to_string().into(), crl: None };
         assert!(!format!("{m:?}").contains("SECRET"));
     }
 
@@ -407,7 +415,7 @@ mod tests {
         .unwrap();
         let secret = "SECRET".to_string();
         let spec = serde_json::json!({ "process": { "env": ["PASSWORD=SECRET"] } });
-        let tls = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: secret.clone().into() };
+        let tls = TlsMaterial { ca: "ca".into(), cert: "c".into(), key: secret.clone().into(), crl: None };
         let send: SendRequest = serde_json::from_value(serde_json::json!({
             "migration_id": "m", "ticket": secret, "node": "a", "peer": "b", "tls": tls, "limits": limits
         }))

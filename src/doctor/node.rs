@@ -1,4 +1,5 @@
-//! This node as transship sees it: the agent's configuration, whether it answers, its certificates, the bridge.
+//! This node as transship sees it: the agent's configuration, whether it answers, its certificates, who may move containers here, the
+//! bridge.
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -9,9 +10,11 @@ use rustls_pki_types::{CertificateDer, pem::PemObject};
 use x509_parser::parse_x509_certificate;
 
 use super::Finding;
+use crate::agent::admission;
 use crate::agent::api::{Client, Reply, Request};
 use crate::agent::config::Config;
 use crate::tls::cert::{CA_CERT, NODE_CERT, NODE_KEY};
+use crate::tls::revocation;
 
 /// Warn this long before a certificate ends, in days.
 const SOON: i64 = 30;
@@ -44,6 +47,8 @@ pub struct Certificates {
     pub days_early: i64,
     /// The key can be read by others than its owner.
     pub key_exposed: bool,
+    /// The node's certificate is on the list of revoked ones that lies beside it.
+    pub revoked: bool,
 }
 
 /// Reads the configuration and asks around; `socket` overrides the configuration's.
@@ -110,12 +115,16 @@ fn read_certificates(dir: &Path) -> Result<Certificates> {
         CertificateDer::from_pem_file(dir.join(file))
             .with_context(|| format!("{}: make it with `transship cert`", dir.join(file).display()))
     };
-    let (ca, node) = (read(CA_CERT)?, read(NODE_CERT)?);
+    let (ca, der) = (read(CA_CERT)?, read(NODE_CERT)?);
     // Does the key belong to the certificate? rustls refuses it otherwise.
     let pki = crate::tls::config::Pki::new(dir);
     pki.server(&[])?;
     let (_, ca) = parse_x509_certificate(&ca).context("the CA's certificate")?;
-    let (_, node) = parse_x509_certificate(&node).context("the node's certificate")?;
+    let (_, node) = parse_x509_certificate(&der).context("the node's certificate")?;
+    let revoked = match pki.material()?.crl {
+        Some(list) => revocation::names(&list, &der)?,
+        None => false,
+    };
     // By name and key identifier; that the signature is right is for rustls to say when a peer connects.
     ensure!(node.issuer() == ca.subject(), "node.pem was not issued by the CA in ca.pem ({})", ca.subject());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
@@ -134,6 +143,7 @@ fn read_certificates(dir: &Path) -> Result<Certificates> {
         days_left: left(&ca).min(left(&node)),
         days_early: early(&ca).max(early(&node)),
         key_exposed: mode & 0o077 != 0,
+        revoked,
     })
 }
 
@@ -152,6 +162,14 @@ pub fn verdict(facts: &Facts) -> Vec<Finding> {
                 "once for all nodes: transship cert ca; for each node: transship cert node NAME --address ADDRESS; then copy \
                  {CA_CERT}, {NODE_CERT} and {NODE_KEY} into the node's pki directory"
             ),
+        ),
+    });
+    out.push(match admission::in_words(&facts.config) {
+        (policy, false) => Finding::ok("arrivals", policy),
+        (policy, true) => Finding::warn(
+            "arrivals",
+            policy,
+            "whoever has one of these certificates can put containers on this node: name the nodes in accept_from",
         ),
     });
     out.push(match &facts.agent {
@@ -186,6 +204,12 @@ fn judge_certificates(c: &Certificates) -> Finding {
             found,
             "expired: transship cert node --force (or cert ca --force and all nodes)",
         )
+    } else if c.revoked {
+        Finding::fail(
+            "certificates",
+            format!("{} in {}: revoked", c.name, c.dir.display()),
+            "make a new one: transship cert node --force",
+        )
     } else if c.days_early > 0 {
         Finding::fail(
             "certificates",
@@ -213,7 +237,14 @@ mod tests {
 
     fn certificates() -> Certificates {
         let dir = "/etc/transship/pki".into();
-        Certificates { dir, name: "node-a".into(), days_left: 300, days_early: 0, key_exposed: false }
+        Certificates {
+            dir,
+            name: "node-a".into(),
+            days_left: 300,
+            days_early: 0,
+            key_exposed: false,
+            revoked: false,
+        }
     }
 
     #[test]
@@ -224,7 +255,8 @@ mod tests {
         assert_eq!(level(&Certificates { days_left: 3, ..good.clone() }), Level::Warn);
         assert_eq!(level(&Certificates { days_left: -1, ..good.clone() }), Level::Fail);
         assert_eq!(level(&Certificates { days_early: 1, ..good.clone() }), Level::Fail);
-        assert_eq!(level(&Certificates { key_exposed: true, ..good }), Level::Warn);
+        assert_eq!(level(&Certificates { key_exposed: true, ..good.clone() }), Level::Warn);
+        assert_eq!(level(&Certificates { revoked: true, ..good }), Level::Fail);
     }
 
     #[test]
@@ -237,6 +269,10 @@ mod tests {
         let read = read_certificates(&node).unwrap();
         assert_eq!((read.name.as_str(), read.days_early, read.key_exposed), ("node-a", 0, false));
         assert!((89..=90).contains(&read.days_left), "{}", read.days_left);
+        let which = revocation::Which::Node("node-a".into());
+        let (list, _) = revocation::write_revoked(&ca, &which, Validity::days(1)).unwrap();
+        std::fs::copy(list, node.join(revocation::CRL)).unwrap();
+        assert!(!read.revoked && read_certificates(&node).unwrap().revoked);
         std::fs::copy(other.join(CA_CERT), node.join(CA_CERT)).unwrap();
         assert!(format!("{:#}", read_certificates(&node).unwrap_err()).contains("not issued"));
     }
@@ -263,10 +299,14 @@ mod tests {
             [
                 ("configuration", Level::Fail),
                 ("certificates", Level::Fail),
+                ("arrivals", Level::Ok),
                 ("agent", Level::Warn),
                 ("bridge", Level::Warn)
             ]
         );
-        assert!(out.iter().all(|f| f.advice.is_some()));
+        assert!(out.iter().all(|f| f.advice.is_some() || f.level == Level::Ok));
+        let open = Facts { config: Config::parse("accept_from = ['*']").unwrap(), ..facts };
+        let arrivals = verdict(&open).into_iter().find(|f| f.check == "arrivals").unwrap();
+        assert_eq!(arrivals.level, Level::Warn);
     }
 }

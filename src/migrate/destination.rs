@@ -8,7 +8,6 @@
 //! The guarantee: until the commit came the tasks have not run a single instruction, and every error ends with nothing
 //! left (the caller's [`DestinationTask::undo`] is called here, in one place). After it the container is ours.
 
-use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::abort::Abort;
+use super::admission::Admitted;
 use super::arrival::Arrival;
 use super::backlog::Arrived;
 use super::codec::Kind;
@@ -27,7 +27,7 @@ use super::filling::Filling;
 use super::link::Link;
 use super::prepared::ImagesDir;
 use super::protocol::{
-    ALPN_DATA, Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
+    Commit, Failure, Final, Hello, Manifest, OLDEST, Restored, Running, VERSION, Welcome, select,
 };
 use super::report::{Clock, Report, millis};
 use super::stream::Receiver;
@@ -36,7 +36,7 @@ use crate::control::{Event, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{Criu, GateServer};
 use crate::rootfs::{KeptTimes, WritableLayer};
-use crate::{journal, net, program, tls};
+use crate::{journal, net, program};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
 pub trait DestinationTask: Send {
@@ -77,31 +77,22 @@ impl std::fmt::Display for MayHaveRun {
 /// Ends a container at once.
 pub type Killer = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// Takes the container from the peer at the other end of `tcp`.
+/// Takes the container from the source, which was let in.
 ///
 /// With a [`Filling`] beside the report the container runs, and its memory is completed in the background.
 ///
 /// # Errors
 /// With nothing left here but the container's records, which the agent removes.
 pub fn receive(
-    tcp: TcpStream,
+    source: Admitted,
     task: &mut dyn DestinationTask,
     request: &ReceiveRequest,
     abort: &Abort,
     events: &dyn Fn(Event),
 ) -> Result<(Report, Option<Filling>)> {
-    let mut clock = Clock::start();
-    clock.phase("connect");
-    let silence = Duration::from_secs(request.limits.silence_s);
-    let material = request.tls.as_ref().context("no certificate for this connection")?;
-    let config = tls::config::server(material, &[ALPN_DATA])?;
-    let wire = Wire::accept(tcp, config, silence, |c| {
-        let name = tls::config::peer_name(c.peer_certificates().unwrap_or_default())?;
-        ensure!(name == request.peer, "the peer is {name}, the migration was agreed with {}", request.peer);
-        Ok(())
-    })?;
+    let Admitted { wire, hello, mut clock } = source;
     let link = Arc::new(Link::new(wire));
-    let result = greet(&link, request).and_then(|manifest| {
+    let result = greet(&link, &hello).and_then(|manifest| {
         if manifest.live {
             return Arrival { link: &link, task, request, abort, events }.take(&manifest, &mut clock);
         }
@@ -153,21 +144,11 @@ pub fn failure_of(e: &anyhow::Error, phase: &str, node: &str) -> Failure {
     }
 }
 
-fn greet(link: &Link, request: &ReceiveRequest) -> Result<Manifest> {
+fn greet(link: &Link, hello: &Hello) -> Result<Manifest> {
     let mut wire = link.wire();
-    let hello: Hello = wire.expect(Kind::Hello)?;
-    ensure!(
-        hello.migration_id == request.migration_id && same(&hello.ticket, &request.ticket),
-        "the source showed a ticket that is not for this migration"
-    );
     let version = select((OLDEST, VERSION), (hello.oldest, hello.newest)).map_err(|e| anyhow!(e))?;
     wire.json(Kind::Welcome, &Welcome { version })?;
     wire.expect(Kind::Manifest)
-}
-
-/// Compares without telling by its time where the difference is.
-fn same(a: &str, b: &str) -> bool {
-    a.len() == b.len() && !a.is_empty() && a.bytes().zip(b.bytes()).fold(0, |d, (x, y)| d | (x ^ y)) == 0
 }
 
 /// Everything in one copy, made while the source stands still; `waits`: there is a source that waits for our word.
@@ -428,12 +409,6 @@ fn children(pid: i32) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tickets_are_compared_whole() {
-        assert!(same("abc", "abc"));
-        assert!(!same("abc", "abx") && !same("abc", "ab") && !same("", ""));
-    }
 
     #[test]
     fn a_failure_of_the_peer_is_passed_on_unchanged() {

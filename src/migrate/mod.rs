@@ -30,6 +30,7 @@
 //! | [`codec`] | bytes <-> frames: header, caps, checksums |
 //! | [`protocol`] | the messages and the choice of a version (pure) |
 //! | [`wire`], [`tls_io`] | a blocking connection that sends and receives frames, with a deadline by silence |
+//! | [`admission`] | who is let in at the destination: the source's certificate and its ticket, in time |
 //! | [`link`] | that connection, shared by threads |
 //! | [`source`] | the order of a migration on the source: commit, or roll back |
 //! | [`prepared`] | what the source finds out before the freeze |
@@ -49,6 +50,7 @@
 //! | [`filling`] | the page daemon of an arrival, and what happens when memory cannot be completed |
 //! | [`archive`], [`seal`] | a checkpoint file: the same stream, recorded; encrypted |
 //! | [`fault`] | standing still at a named point, for tests (debug builds only) |
+//! | [`shown`] | what a peer says, made fit for a terminal and a log |
 //! | [`background`] | yielding the processor to the container while it runs |
 //! | [`abort`] | giving up from another thread, up to the commit |
 //! | [`report`], [`loss`] | what was measured; what was lost in a post-copy |
@@ -58,6 +60,7 @@
 //! the two traits [`source::SourceTask`] and [`destination::DestinationTask`]).
 
 pub mod abort;
+pub mod admission;
 pub mod archive;
 mod arrival;
 mod background;
@@ -82,6 +85,7 @@ mod remains;
 pub mod report;
 pub mod seal;
 mod shared;
+pub mod shown;
 pub mod source;
 mod still;
 pub mod stream;

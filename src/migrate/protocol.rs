@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::shown;
+
 /// The newest protocol that this build speaks.
 pub const VERSION: u32 = 3;
 /// The first protocol in which memory travels while the container runs.
@@ -218,14 +220,16 @@ pub struct Running {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
     /// The phase in which it happened.
+    #[serde(deserialize_with = "shown::line")]
     pub phase: String,
     /// The node on which it happened.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "shown::line")]
     pub node: String,
     /// What failed, with its causes, in one line.
+    #[serde(deserialize_with = "shown::line")]
     pub message: String,
     /// What to do about it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "shown::line")]
     pub advice: String,
     /// It is the connection between the two that failed: the other side may know a better reason.
     #[serde(default)]

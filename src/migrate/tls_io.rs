@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -31,6 +31,8 @@ const RECEIVE: usize = 256 << 10;
 const MAX_RECORD: usize = RECORD + 512;
 /// Bytes that are received and kept while we are sending, so that two sides that both send do not wait for each other.
 const HELD: usize = 4 << 20;
+/// What is said of a connection that had its deadline.
+const OUT_OF_TIME: &str = "it took too long";
 /// With low latency: bytes in the socket that TCP has not sent yet.
 const LOW_WATER: libc::c_int = 64 << 10;
 
@@ -82,29 +84,38 @@ pub(super) struct TlsIo {
     out: Vec<u8>,
     out_len: usize,
     ended: bool,
+    /// Until when everything has to be over, whatever comes.
+    deadline: Option<Instant>,
     /// TCP's end, with or without TLS'.
     eof: bool,
 }
 
 impl TlsIo {
-    /// Handshake as the client; the socket's timeouts are `silence`.
+    /// Handshake as the client; the socket's timeouts are `silence`. All of it must be over by `deadline`, which stays until it is
+    /// changed ([`Transport::deadline`]).
     pub(super) fn connect(
         tcp: TcpStream,
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
         silence: Duration,
+        deadline: Instant,
     ) -> io::Result<TlsIo> {
         let conn = UnbufferedClientConnection::new(config, name).map_err(tls)?;
-        TlsIo::shake(Side::Client(Box::new(conn)), tcp, silence)
+        TlsIo::shake(Side::Client(Box::new(conn)), tcp, silence, deadline)
     }
 
-    /// Handshake as the server.
-    pub(super) fn accept(tcp: TcpStream, config: Arc<ServerConfig>, silence: Duration) -> io::Result<TlsIo> {
+    /// Handshake as the server, in the same way.
+    pub(super) fn accept(
+        tcp: TcpStream,
+        config: Arc<ServerConfig>,
+        silence: Duration,
+        deadline: Instant,
+    ) -> io::Result<TlsIo> {
         let conn = UnbufferedServerConnection::new(config).map_err(tls)?;
-        TlsIo::shake(Side::Server(Box::new(conn)), tcp, silence)
+        TlsIo::shake(Side::Server(Box::new(conn)), tcp, silence, deadline)
     }
 
-    fn shake(side: Side, tcp: TcpStream, silence: Duration) -> io::Result<TlsIo> {
+    fn shake(side: Side, tcp: TcpStream, silence: Duration, deadline: Instant) -> io::Result<TlsIo> {
         let mut io = TlsIo {
             side,
             tcp,
@@ -118,6 +129,7 @@ impl TlsIo {
             out: vec![0; PIECE + PIECE / 8],
             out_len: 0,
             ended: false,
+            deadline: Some(deadline),
             eof: false,
         };
         while io.common().is_handshaking() {
@@ -180,6 +192,15 @@ impl TlsIo {
         Ok(step)
     }
 
+    /// How long the next wait may be.
+    fn patience(&self) -> io::Result<Duration> {
+        let Some(deadline) = self.deadline else { return Ok(self.silence) };
+        match deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(io::Error::new(io::ErrorKind::TimedOut, OUT_OF_TIME)),
+            left => Ok(left.min(self.silence)),
+        }
+    }
+
     /// Receives what the socket has; if nothing, waits for it or says `WouldBlock`.
     fn fill(&mut self, wait: bool) -> io::Result<()> {
         if self.eof {
@@ -194,6 +215,10 @@ impl TlsIo {
             (self.start, self.end) = (0, self.end - self.start);
             let want = self.end + MAX_RECORD;
             self.incoming.resize(self.incoming.len().max(want), 0);
+        }
+        if wait && self.deadline.is_some() {
+            let patience = self.patience()?;
+            self.tcp.set_read_timeout(Some(patience))?;
         }
         let flags = if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
         let n = loop {
@@ -277,7 +302,7 @@ impl TlsIo {
         let hold = held < HELD && !self.eof;
         let reading = if hold { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds = [PollFd::new(self.tcp.as_fd(), PollFlags::POLLOUT | reading)];
-        match poll(&mut fds, PollTimeout::try_from(self.silence).unwrap_or(PollTimeout::MAX)) {
+        match poll(&mut fds, PollTimeout::try_from(self.patience()?).unwrap_or(PollTimeout::MAX)) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
@@ -437,6 +462,14 @@ impl Transport for TlsIo {
 
     fn fd(&self) -> RawFd {
         self.tcp.as_raw_fd()
+    }
+
+    fn deadline(&mut self, at: Option<Instant>) -> io::Result<()> {
+        self.deadline = at;
+        if at.is_none() {
+            self.tcp.set_read_timeout(Some(self.silence))?;
+        }
+        Ok(())
     }
 
     fn low_latency(&mut self, on: bool) -> io::Result<()> {

@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use super::codec::{self, CodecError, Decoder, Kind};
 use super::protocol::Failure;
 use super::tls_io::TlsIo;
+use crate::tls::config::trust_problem;
 
 /// The shortest silence that a side may go by ([`crate::agent::config::Config::silence`]).
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
@@ -36,11 +37,17 @@ impl std::fmt::Display for Lost {
 
 impl std::error::Error for Lost {}
 
+/// How long a handshake may take in all, however its bytes come.
+pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
 /// A handshake's error: about certificates, or a connection that was lost.
 fn handshake(error: io::Error) -> anyhow::Error {
-    match error.get_ref().is_some_and(|e| e.is::<rustls::Error>()) {
-        true => error.into(),
-        false => Lost(format!("the connection to the peer broke: {error}")).into(),
+    match error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+        Some(tls) => match trust_problem(tls) {
+            Some(problem) => anyhow::Error::from(error).context(problem),
+            None => error.into(),
+        },
+        None => Lost(format!("the connection to the peer broke: {error}")).into(),
     }
 }
 
@@ -76,6 +83,11 @@ pub trait Transport: Read + Write + Send {
     /// The descriptor to poll; -1 if there is none.
     fn fd(&self) -> RawFd {
         -1
+    }
+
+    /// See [`Wire::deadline`].
+    fn deadline(&mut self, _at: Option<Instant>) -> io::Result<()> {
+        Ok(())
     }
 
     /// See [`Wire::low_latency`].
@@ -123,33 +135,41 @@ impl Wire {
     /// TLS 1.3 as the client.
     ///
     /// # Errors
-    /// The handshake failed (another CA, no certificate, wrong name) or timed out.
+    /// The handshake failed (another CA, no certificate, wrong name) or was not over within [`HANDSHAKE_LIMIT`].
     pub fn connect(tcp: TcpStream, config: Arc<ClientConfig>, name: &str, silence: Duration) -> Result<Wire> {
         timeouts(&tcp, silence)?;
         let name = ServerName::try_from(name.to_owned()).context("server name")?;
-        let tls = TlsIo::connect(tcp, config, name, silence)
+        let tls = TlsIo::connect(tcp, config, name, silence, Instant::now() + HANDSHAKE_LIMIT)
             .map_err(handshake)
             .context("TLS handshake with the destination")?;
-        Ok(Wire::new(Box::new(tls), silence))
+        let mut wire = Wire::new(Box::new(tls), silence);
+        wire.deadline(None)?;
+        Ok(wire)
     }
 
     /// TLS 1.3 as the server. What the handshake says of the peer (its certificate) is given to `check` before anything
-    /// else happens.
+    /// else happens. The deadline stays until it is changed: a peer that was let into the handshake is not yet welcome.
     ///
     /// # Errors
-    /// The handshake failed (another CA, no certificate), timed out, or `check` refused the peer.
+    /// The handshake failed (another CA, no certificate), was not over by the deadline, or `check` refused the peer.
     pub fn accept(
         tcp: TcpStream,
         config: Arc<ServerConfig>,
         silence: Duration,
+        deadline: Instant,
         check: impl FnOnce(&CommonState) -> Result<()>,
     ) -> Result<Wire> {
         timeouts(&tcp, silence)?;
-        let tls = TlsIo::accept(tcp, config, silence)
+        let tls = TlsIo::accept(tcp, config, silence, deadline)
             .map_err(handshake)
             .context("TLS handshake with the source")?;
         check(tls.common())?;
         Ok(Wire::new(Box::new(tls), silence))
+    }
+
+    /// Nothing is waited for any longer than this, whatever comes; `None`: silence alone ends the connection.
+    pub fn deadline(&mut self, at: Option<Instant>) -> Result<()> {
+        self.io.get_mut().deadline(at).context("socket options")
     }
 
     /// Sends what is buffered.
@@ -257,10 +277,12 @@ impl Wire {
 
     /// Says why, then waits (a few seconds at most) until the peer has read it.
     pub fn fail(&mut self, failure: &Failure) {
-        let said = self.json(Kind::Failed, failure).and_then(|()| self.flush());
+        let until = Instant::now() + Duration::from_secs(5);
+        let said = self.deadline(Some(until)).and_then(|()| self.json(Kind::Failed, failure));
+        let said = said.and_then(|()| self.flush());
         if said.is_ok() && self.io.get_mut().finish().is_ok() {
             // closing with unread bytes would reset the connection, and the peer would never see the reason
-            let (until, mut waste) = (Instant::now() + Duration::from_secs(5), vec![0; 64 << 10]);
+            let mut waste = vec![0; 64 << 10];
             while Instant::now() < until && matches!(self.io.get_mut().read(&mut waste), Ok(1..)) {}
         }
     }
@@ -288,6 +310,10 @@ impl Wire {
     }
 
     fn lost(&self, e: io::Error) -> anyhow::Error {
+        // the server's verdict on a certificate comes after the client's end of the handshake
+        if let Some(problem) = e.get_ref().and_then(|e| e.downcast_ref()).and_then(trust_problem) {
+            return Lost(problem).into();
+        }
         match e.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                 Lost(format!("the peer was silent for {} s", self.silence.as_secs())).into()
@@ -404,7 +430,9 @@ mod tests {
         let silence = Duration::from_secs(20);
         let far = std::thread::spawn(move || {
             let tcp = listener.accept().unwrap().0;
-            far(Wire::accept(tcp, server, silence, |_| Ok(())).unwrap())
+            let mut wire = Wire::accept(tcp, server, silence, Instant::now() + silence, |_| Ok(())).unwrap();
+            wire.deadline(None).unwrap();
+            far(wire)
         });
         let tcp = TcpStream::connect(address).unwrap();
         (Wire::connect(tcp, client, "x.migration.transship", silence).unwrap(), far)
@@ -509,7 +537,8 @@ mod tests {
         let (_, client) = configs();
         let far = std::thread::spawn(move || {
             let tcp = listener.accept().unwrap().0;
-            Wire::accept(tcp, server, Duration::from_secs(5), |_| Ok(())).map(drop).unwrap_err()
+            let limit = Duration::from_secs(5);
+            Wire::accept(tcp, server, limit, Instant::now() + limit, |_| Ok(())).map(drop).unwrap_err()
         });
         let tcp = TcpStream::connect(address).unwrap();
         let near = Wire::connect(tcp, client, "x.migration.transship", Duration::from_secs(5));

@@ -2,7 +2,8 @@
 //!
 //! Keys are ECDSA P-256. A node's certificate serves as client and as server, and names the node (common name and DNS
 //! name) and the addresses under which the other nodes dial it. Files: `ca.pem`, `ca.key`, `node.pem`, `node.key`; a
-//! node needs all but `ca.key`, which stays with the operator.
+//! node needs all but `ca.key`, which stays with the operator. Beside the CA a copy of every certificate is kept, and the list of
+//! those that were revoked ([`super::revocation`]); each node has a copy of that too.
 
 use std::{
     fs,
@@ -18,6 +19,8 @@ use rcgen::{
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
 };
 use rustls_pki_types::DnsName;
+
+use super::revocation;
 
 /// The CA's certificate, in every node's pki directory.
 pub const CA_CERT: &str = "ca.pem";
@@ -48,14 +51,16 @@ impl Validity {
     }
 
     fn apply(self, params: &mut CertificateParams) -> Result<()> {
-        let at = |t: SystemTime| -> Result<_> {
-            let since = t.duration_since(UNIX_EPOCH).context("a validity before 1970")?;
-            Ok(rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(since.as_secs()))
-        };
-        params.not_before = at(self.from)?;
-        params.not_after = at(self.until)?;
+        params.not_before = moment(self.from)?;
+        params.not_after = moment(self.until)?;
         Ok(())
     }
+}
+
+/// A moment as rcgen wants it.
+pub(super) fn moment(at: SystemTime) -> Result<time::OffsetDateTime> {
+    let since = at.duration_since(UNIX_EPOCH).context("a moment before 1970")?;
+    Ok(rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(since.as_secs()))
 }
 
 /// A certificate and its key, both PEM.
@@ -150,7 +155,12 @@ pub fn write_node(
         bail!("{}: another CA's certificate is there; --force replaces it", dir.join(CA_CERT).display());
     }
     let node = new_node(&ca, name, addresses, validity)?;
-    write_all(dir, &[(NODE_KEY, &node.key), (NODE_CERT, &node.cert), (CA_CERT, &ca.cert)])
+    // first: what was issued can be revoked, whatever comes of it
+    revocation::keep_issued(ca_dir, name, &node.cert)?;
+    let mut files = vec![(NODE_KEY, &*node.key), (NODE_CERT, &*node.cert), (CA_CERT, &*ca.cert)];
+    let revoked = fs::read_to_string(ca_dir.join(revocation::CRL)).ok();
+    files.extend(revoked.as_deref().map(|list| (revocation::CRL, list)));
+    write_all(dir, &files)
 }
 
 fn refuse_existing(dir: &Path, files: &[&str], force: bool) -> Result<()> {
@@ -163,25 +173,29 @@ fn refuse_existing(dir: &Path, files: &[&str], force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Each file is written beside its place and renamed into it: a node that reads them meanwhile sees the old or the new.
-fn write_all(dir: &Path, files: &[(&str, &str)]) -> Result<Vec<PathBuf>> {
+/// Each file is written beside its place, and when all of them are there they are renamed into it: a node that reads them
+/// meanwhile sees the old or the new ([`super::config::Pki`] looks again should it meet some of each).
+pub(super) fn write_all(dir: &Path, files: &[(&str, &str)]) -> Result<Vec<PathBuf>> {
     if !dir.exists() {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
             .with_context(|| format!("mode of {}", dir.display()))?;
     }
-    let mut written = Vec::new();
+    let staged = |name: &str| dir.join(format!(".{name}.new"));
     for (name, text) in files {
-        let path = dir.join(name);
-        let staged = dir.join(format!(".{name}.new"));
-        let _ = fs::remove_file(&staged);
+        let path = staged(name);
+        let _ = fs::remove_file(&path);
         let write = || -> std::io::Result<()> {
-            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&staged, &path)
+            file.sync_all()
         };
         write().with_context(|| format!("writing {}", path.display()))?;
+    }
+    let mut written = Vec::new();
+    for (name, _) in files {
+        let path = dir.join(name);
+        fs::rename(staged(name), &path).with_context(|| format!("writing {}", path.display()))?;
         written.push(path);
     }
     Ok(written)

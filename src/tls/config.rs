@@ -20,9 +20,14 @@ use rustls::{
     server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::TLS13,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject,
+};
 
-use super::cert::{CA_CERT, NODE_CERT, NODE_KEY};
+use super::{
+    cert::{CA_CERT, NODE_CERT, NODE_KEY},
+    revocation::{self, CRL},
+};
 use crate::control::TlsMaterial;
 
 /// Where the agent's and the shims' certificates are, unless the agent's config says otherwise.
@@ -55,17 +60,26 @@ impl Pki {
             fs::read_to_string(&path)
                 .with_context(|| format!("{}: make it with `transship cert`", path.display()))
         };
-        Ok(TlsMaterial { ca: read(CA_CERT)?, cert: read(NODE_CERT)?, key: read(NODE_KEY)?.into() })
+        // no file: nobody is revoked; one that cannot be read is an error
+        let there = self.dir.join(CRL).symlink_metadata().is_ok();
+        let crl = there.then(|| read(CRL)).transpose()?;
+        Ok(TlsMaterial { ca: read(CA_CERT)?, cert: read(NODE_CERT)?, key: read(NODE_KEY)?.into(), crl })
     }
 
     /// [`server`] with what the directory holds now.
     pub fn server(&self, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>> {
-        server(&self.material()?, alpn).with_context(|| format!("pki directory {}", self.dir.display()))
+        self.with_what_is_there(|material| server(material, alpn))
     }
 
     /// [`client`] with what the directory holds now.
     pub fn client(&self, alpn: &[u8], peer: Option<&str>) -> Result<Arc<ClientConfig>> {
-        client(&self.material()?, alpn, peer).with_context(|| format!("pki directory {}", self.dir.display()))
+        self.with_what_is_there(|material| client(material, alpn, peer))
+    }
+
+    /// Files that are being replaced may be met with some of them old and some new: then they are read once more.
+    fn with_what_is_there<T>(&self, make: impl Fn(&TlsMaterial) -> Result<T>) -> Result<T> {
+        let attempt = || make(&self.material()?);
+        attempt().or_else(|_| attempt()).with_context(|| format!("pki directory {}", self.dir.display()))
     }
 
     /// The name in this node's own certificate.
@@ -81,8 +95,10 @@ impl Pki {
 pub fn server(material: &TlsMaterial, alpn: &[&[u8]]) -> Result<Arc<ServerConfig>> {
     let provider = provider();
     let verifier = WebPkiClientVerifier::builder_with_provider(roots(material)?, provider.clone())
+        .with_crls(revoked(material)?)
+        .enforce_revocation_expiration()
         .build()
-        .context("the CA's certificate")?;
+        .context("the CA's certificate and its list of revoked ones")?;
     let (chain, key) = identity(material)?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])
@@ -104,8 +120,10 @@ pub fn server(material: &TlsMaterial, alpn: &[&[u8]]) -> Result<Arc<ServerConfig
 pub fn client(material: &TlsMaterial, alpn: &[u8], peer: Option<&str>) -> Result<Arc<ClientConfig>> {
     let provider = provider();
     let webpki = WebPkiServerVerifier::builder_with_provider(roots(material)?, provider.clone())
+        .with_crls(revoked(material)?)
+        .enforce_revocation_expiration()
         .build()
-        .context("the CA's certificate")?;
+        .context("the CA's certificate and its list of revoked ones")?;
     let expected = peer.map(server_name).transpose()?;
     let (chain, key) = identity(material)?;
     let mut config = ClientConfig::builder_with_provider(provider)
@@ -126,6 +144,11 @@ fn roots(material: &TlsMaterial) -> Result<Arc<RootCertStore>> {
         roots.add(certificate).context("the CA's certificate")?;
     }
     Ok(Arc::new(roots))
+}
+
+/// The lists of revoked certificates, if there are any.
+fn revoked(material: &TlsMaterial) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    material.crl.as_deref().map_or(Ok(Vec::new()), |crl| revocation::lists(crl).context(CRL))
 }
 
 fn identity(material: &TlsMaterial) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
@@ -184,6 +207,14 @@ pub fn trust_problem(error: &rustls::Error) -> Option<String> {
         E::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => {
             "the peer's certificate is of another node: it does not name the address that was dialled".into()
         }
+        E::InvalidCertificate(C::Revoked) => "the peer's certificate was revoked".into(),
+        E::InvalidCertificate(C::UnknownRevocationStatus) => {
+            "this node's crl.pem has no list of the CA that made the peer's certificate".into()
+        }
+        E::InvalidCertificate(C::ExpiredRevocationList | C::ExpiredRevocationListContext { .. }) => {
+            "this node's list of revoked certificates (crl.pem) has expired: make a new one with `transship cert revoke`"
+                .into()
+        }
         E::InvalidCertificate(other) => format!("the peer's certificate was not accepted: {other:?}"),
         E::NoCertificatesPresented => "the peer showed no certificate".into(),
         E::AlertReceived(A::UnknownCA | A::DecryptError) => {
@@ -192,12 +223,11 @@ pub fn trust_problem(error: &rustls::Error) -> Option<String> {
         E::AlertReceived(A::CertificateExpired) => {
             "the peer did not accept this node's certificate: it has expired".into()
         }
+        E::AlertReceived(A::CertificateRevoked) => {
+            "the peer did not accept this node's certificate: it was revoked".into()
+        }
         E::AlertReceived(
-            alert @ (A::BadCertificate
-            | A::CertificateUnknown
-            | A::CertificateRequired
-            | A::CertificateRevoked
-            | A::AccessDenied),
+            alert @ (A::BadCertificate | A::CertificateUnknown | A::CertificateRequired | A::AccessDenied),
         ) => format!("the peer did not accept this node's certificate ({alert:?})"),
         _ => return None,
     })
@@ -251,166 +281,5 @@ impl ServerCertVerifier for NamedVerifier {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::{Duration, SystemTime};
-
-    use rustls::{ClientConnection, ServerConnection};
-
-    use super::*;
-    use crate::tls::{
-        ALPN_CONTROL, ALPN_DATA,
-        cert::{Validity, new_ca, new_node, write_ca, write_node},
-        migration_name,
-    };
-
-    /// Both ends in memory; the first error of each, and then who is who.
-    fn shake(
-        client: Arc<ClientConfig>,
-        server: Arc<ServerConfig>,
-        name: &str,
-    ) -> (Result<String, rustls::Error>, Result<String, rustls::Error>) {
-        let mut client = ClientConnection::new(client, server_name(name).unwrap()).unwrap();
-        let mut server = ServerConnection::new(server).unwrap();
-        let (mut client_end, mut server_end) = (Ok(()), Ok(()));
-        for _ in 0..6 {
-            let mut wire = Vec::new();
-            while client.wants_write() && client.write_tls(&mut wire).is_ok() {}
-            let mut read = &wire[..];
-            while !read.is_empty() && server.read_tls(&mut read).is_ok() {
-                server_end = server_end.and(server.process_new_packets().map(drop));
-            }
-            let mut wire = Vec::new();
-            while server.wants_write() && server.write_tls(&mut wire).is_ok() {}
-            let mut read = &wire[..];
-            while !read.is_empty() && client.read_tls(&mut read).is_ok() {
-                client_end = client_end.and(client.process_new_packets().map(drop));
-            }
-        }
-        let name = |chain: Option<&[CertificateDer<'static>]>| peer_name(chain.unwrap_or(&[])).unwrap();
-        (
-            client_end.map(|()| name(client.peer_certificates())),
-            server_end.map(|()| name(server.peer_certificates())),
-        )
-    }
-
-    struct Nodes(tempfile::TempDir);
-
-    impl Nodes {
-        fn new() -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            write_ca(&dir.path().join("ca"), "ca", Validity::days(2), false).unwrap();
-            let nodes = Nodes(dir);
-            nodes.add("node-a", &["10.0.0.1"]);
-            nodes.add("node-b", &["10.0.0.2", "b.example"]);
-            nodes
-        }
-        fn add(&self, name: &str, addresses: &[&str]) {
-            let addresses: Vec<_> = addresses.iter().map(|a| a.to_string()).collect();
-            let (ca, dir) = (self.0.path().join("ca"), self.0.path().join(name));
-            write_node(&ca, &dir, name, &addresses, Validity::days(2), false).unwrap();
-        }
-        fn pki(&self, name: &str) -> Pki {
-            Pki::new(self.0.path().join(name))
-        }
-    }
-
-    #[test]
-    fn both_sides_know_each_other() {
-        let nodes = Nodes::new();
-        let server = nodes.pki("node-b").server(&[ALPN_CONTROL]).unwrap();
-        for name in ["node-b", "10.0.0.2", "b.example"] {
-            let client = nodes.pki("node-a").client(ALPN_CONTROL, None).unwrap();
-            let (seen, by) = shake(client, server.clone(), name);
-            assert_eq!((seen.unwrap(), by.unwrap()), ("node-b".into(), "node-a".into()));
-        }
-        assert_eq!(nodes.pki("node-a").node_name().unwrap(), "node-a");
-    }
-
-    #[test]
-    fn a_data_connection_asks_for_the_migration_and_expects_the_node() {
-        let nodes = Nodes::new();
-        let server = nodes.pki("node-b").server(&[ALPN_DATA]).unwrap();
-        let client = nodes.pki("node-a").client(ALPN_DATA, Some("node-b")).unwrap();
-        assert_eq!(shake(client, server.clone(), &migration_name("00ff")).0.unwrap(), "node-b");
-        let client = nodes.pki("node-a").client(ALPN_DATA, Some("node-c")).unwrap();
-        let error = shake(client, server, &migration_name("00ff")).0.unwrap_err();
-        assert!(trust_problem(&error).unwrap().contains("another node"), "{error}");
-    }
-
-    #[test]
-    fn other_protocols_and_names_are_refused() {
-        let nodes = Nodes::new();
-        let server = nodes.pki("node-b").server(&[ALPN_CONTROL]).unwrap();
-        let client = nodes.pki("node-a").client(ALPN_DATA, None).unwrap();
-        assert!(shake(client, server.clone(), "node-b").0.is_err());
-        let client = nodes.pki("node-a").client(ALPN_CONTROL, None).unwrap();
-        let error = shake(client, server, "10.0.0.3").0.unwrap_err();
-        assert!(trust_problem(&error).unwrap().contains("another node"), "{error}");
-    }
-
-    #[test]
-    fn another_ca_is_refused_by_either_side() {
-        let (ours, theirs) = (Nodes::new(), Nodes::new());
-        let server = ours.pki("node-b").server(&[ALPN_CONTROL]).unwrap();
-        let client = theirs.pki("node-a").client(ALPN_CONTROL, None).unwrap();
-        let error = shake(client, server.clone(), "node-b").0.unwrap_err();
-        assert!(trust_problem(&error).unwrap().contains("another CA"), "{error}");
-        // a client that trusts us but whose own certificate is of another CA
-        let dir = ours.0.path().join("node-a");
-        for file in [NODE_CERT, NODE_KEY] {
-            fs::copy(theirs.0.path().join("node-a").join(file), dir.join(file)).unwrap();
-        }
-        let client = ours.pki("node-a").client(ALPN_CONTROL, None).unwrap();
-        let (client, server) = shake(client, server, "node-b");
-        assert!(trust_problem(&server.unwrap_err()).unwrap().contains("another CA"));
-        assert!(trust_problem(&client.unwrap_err()).is_some());
-    }
-
-    #[test]
-    fn expired_and_early_certificates_are_refused() {
-        let nodes = Nodes::new();
-        let ca = new_ca("ca", Validity::days(2)).unwrap();
-        let dir = nodes.0.path().join("node-a");
-        let day = Duration::from_secs(86400);
-        let now = SystemTime::now();
-        for (validity, word) in [
-            (Validity { from: now - 2 * day, until: now - day }, "expired"),
-            (Validity { from: now + day, until: now + 2 * day }, "not valid yet"),
-        ] {
-            let node = new_node(&ca, "node-a", &[], validity).unwrap();
-            fs::write(dir.join(CA_CERT), &ca.cert).unwrap();
-            fs::write(dir.join(NODE_CERT), node.cert).unwrap();
-            fs::write(dir.join(NODE_KEY), node.key).unwrap();
-            let pki = nodes.pki("node-a");
-            let (client, server) = (pki.client(ALPN_CONTROL, None), pki.server(&[ALPN_CONTROL]));
-            let error = shake(client.unwrap(), server.unwrap(), "node-a").0.unwrap_err();
-            assert!(trust_problem(&error).unwrap().contains(word), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_client_without_a_certificate_is_refused() {
-        let nodes = Nodes::new();
-        let server = nodes.pki("node-b").server(&[ALPN_CONTROL]).unwrap();
-        let mut client = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&TLS13])
-            .unwrap()
-            .with_root_certificates(roots(&nodes.pki("node-a").material().unwrap()).unwrap())
-            .with_no_client_auth();
-        client.alpn_protocols = vec![ALPN_CONTROL.to_vec()];
-        let (client, server) = shake(Arc::new(client), server, "node-b");
-        assert!(trust_problem(&server.unwrap_err()).is_some());
-        assert!(trust_problem(&client.unwrap_err()).is_some());
-    }
-
-    #[test]
-    fn files_are_read_anew_each_time() {
-        let nodes = Nodes::new();
-        let pki = nodes.pki("node-a");
-        pki.server(&[ALPN_CONTROL]).unwrap();
-        fs::write(pki.dir().join(NODE_KEY), "no key").unwrap();
-        assert!(pki.server(&[ALPN_CONTROL]).is_err());
-        let error = Pki::new("/nonexistent").client(ALPN_CONTROL, None).unwrap_err();
-        assert!(format!("{error:#}").contains("transship cert"), "{error:#}");
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -71,21 +71,23 @@ pub async fn peek(stream: &TcpStream, limit: Duration) -> Result<Hello> {
 }
 
 async fn peek_forever(stream: &TcpStream) -> Result<Hello> {
-    let mut buffer = vec![0; MAX_HELLO];
+    let mut buffer = Vec::new();
     let mut seen = 0;
     let mut pause = Duration::from_millis(1);
     loop {
+        stream.readable().await?;
+        // who has sent nothing costs nothing
+        buffer.resize(MAX_HELLO, 0);
         let length = stream.peek(&mut buffer).await?;
         ensure!(length > 0, io::Error::from(io::ErrorKind::UnexpectedEof));
         if length > seen {
             seen = length;
-            pause = Duration::from_millis(1);
             if let Some(hello) = parse(&buffer[..length])? {
                 return Ok(hello);
             }
         }
-        // The bytes that are there make the socket readable for good, so it cannot tell of more; a slow peer costs a
-        // few wake-ups a second.
+        // The bytes that are there make the socket readable for good, so it cannot tell of more. The pauses grow whatever comes:
+        // a peer that sends byte by byte is not looked at for each of them, and costs some dozens of looks in all.
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
     }

@@ -15,7 +15,7 @@ use transship::{
     },
     migrate::{
         abort::Abort,
-        archive,
+        admission, archive,
         destination::{self, failure_of},
         fault,
         filling::Filling,
@@ -241,7 +241,12 @@ fn receive(
 ) -> Result<Option<Report>> {
     let mut arriving = Arriving::new(container)?;
     let abort = Abort::cutting(&tcp).context("the connection to the source")?;
-    arrive(slot, request, abort, |abort| destination::receive(tcp, &mut arriving, request, abort, say))
+    // before anything of the container is touched, and beside others that claim to be the source
+    let source = caught(|| admission::admit(tcp, request))?;
+    arrive(slot, request, abort, |abort| {
+        say(Event::Admitted);
+        destination::receive(source, &mut arriving, request, abort, say)
+    })
 }
 
 fn restore(

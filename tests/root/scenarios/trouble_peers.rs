@@ -13,8 +13,9 @@ use transship::tls::{self, cert, config};
 
 use crate::Scenario;
 use crate::bed::{Bed, Node};
+use crate::moves;
 use crate::requirements::Needs;
-use crate::trouble::{self, Attempt, Fault, Witness, in_network, refused};
+use crate::trouble::{self, Attempt, Configured, Fault, Witness, in_network, refused};
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
@@ -23,7 +24,8 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "peer_certificate_expired", needs: Needs::Migration, run: expired },
     Scenario { name: "peer_of_another_version", needs: Needs::Migration, run: another_version },
     Scenario { name: "peer_strangers_change_nothing", needs: Needs::Migration, run: strangers },
-    Scenario { name: "peer_wrong_ticket", needs: Needs::Migration, run: wrong_ticket },
+    Scenario { name: "peer_ticket_cannot_be_used_up", needs: Needs::Migration, run: not_the_source },
+    Scenario { name: "peer_operators_ticket", needs: Needs::Migration, run: operators_ticket },
 ];
 
 /// Where the client's network is.
@@ -205,7 +207,7 @@ fn strangers(bed: &Bed) -> Result<()> {
     let held = Fault::at(bed, Node::B, "receive")?;
     drop(fault);
     held.reached()?;
-    // after it: the ticket is used
+    // after it: nobody waits any more
     ensure!(data_connection(bed, "a", &folder.join("pki-a"), &id, "again").is_err(), "used twice");
     drop(held);
     let outcome = attempt.finish()?;
@@ -214,8 +216,8 @@ fn strangers(bed: &Bed) -> Result<()> {
     let log = std::fs::read_to_string(folder.join("b/log/agent.log"))?;
     for line in [
         "belongs to 10.77.0.1",
-        "no ticket for migration",
-        "unknown, used or withdrawn",
+        "waits for a connection",
+        "unknown, begun or given up",
         "connection of 10.77.0.9",
     ] {
         ensure!(log.contains(line), "node b's agent did not log {line:?}:\n{log}");
@@ -223,17 +225,66 @@ fn strangers(bed: &Bed) -> Result<()> {
     witness.finish(Node::B).map(drop)
 }
 
-fn wrong_ticket(bed: &Bed) -> Result<()> {
+/// The words are in node b's agent's log.
+fn said_on_b(bed: &Bed, words: &[&str]) -> Result<()> {
+    let log = std::fs::read_to_string(trouble::folder(bed)?.join("b/log/agent.log"))?;
+    let there = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
+    ensure!(there, "node b's agent did not log {words:?}:\n{log}");
+    Ok(())
+}
+
+/// Whoever knows a migration's name, at the source's own address, cannot make it fail: the right one still gets in.
+fn not_the_source(bed: &Bed) -> Result<()> {
     let witness = Witness::start(bed, "w1")?;
-    let pki = trouble::folder(bed)?.join("pki-a");
+    let folder = trouble::folder(bed)?;
+    let other = bed.shared()?.join("other");
+    cert::write_node(&folder.join("ca"), &other, "other", &[CLIENT.into()], cert::Validity::days(2), true)?;
     let fault = Fault::at(bed, Node::A, "dial")?;
     let attempt = Attempt::start(bed, "w1", &[])?;
     fault.reached()?;
-    // from the right node with the right certificate, but not the ticket
-    let answer = data_connection(bed, "a", &pki, &migration(bed)?, &"f".repeat(64));
+    let id = migration(bed)?;
+    // the right node with the right certificate, but not the ticket; another node
+    let answer = data_connection(bed, "a", &folder.join("pki-a"), &id, &"f".repeat(64));
     let said = format!("{:#}", answer.err().context("a wrong ticket was welcome")?);
     ensure!(said.contains("ticket"), "{said}");
+    let answer = data_connection(bed, "a", &other, &id, &"f".repeat(64));
+    let said = format!("{:#}", answer.err().context("another node was welcome")?);
+    ensure!(said.contains("agreed with another node"), "{said}");
+    // a ClientHello with the migration's name, and then nothing
+    let silent = hello_and_silence(bed, &other, &id)?;
     drop(fault);
-    trouble::failed(&attempt.finish()?, 5, &["ticket"])?;
-    witness.finish_untouched().map(drop)
+    let outcome = attempt.finish()?;
+    ensure!(outcome.code == 0, "{} {}", outcome.json, outcome.stderr);
+    drop(silent);
+    said_on_b(bed, &["refused for migration", "a ticket that is not for this migration"])?;
+    said_on_b(bed, &["refused for migration", "connection of other (10.77.0.1"])?;
+    witness.finish(Node::B).map(drop)
+}
+
+fn hello_and_silence(bed: &Bed, pki: &Path, migration: &str) -> Result<TcpStream> {
+    let client = config::client(&config::Pki::new(pki).material()?, protocol::ALPN_DATA, None)?;
+    let name = config::server_name(&tls::migration_name(migration))?;
+    let mut connection = rustls::ClientConnection::new(client, name)?;
+    let to: SocketAddr = SocketAddr::new(IpAddr::from([10, 77, 0, 2]), PORT);
+    let mut tcp = in_network(bed, "a", || Ok(TcpStream::connect(to)?))?;
+    connection.write_tls(&mut tcp)?;
+    Ok(tcp)
+}
+
+/// Node b wants a ticket for each move: without one, with one, and with the same one again.
+fn operators_ticket(bed: &Bed) -> Result<()> {
+    let witness = Witness::start(bed, "w1")?;
+    let _always = Configured::new(bed, Node::B, "tickets = \"always\"\n")?;
+    witness.refused(&[], 5, &["every move to this node needs one", "transship ticket w1", "--ticket"])?;
+    let from = format!("{}-a", trouble::prefix(bed)?);
+    let made = bed.ok(Node::B, &["transship", "ticket", "w1", "--from", &from, "--valid", "1m", "--json"])?;
+    let made: serde_json::Value = serde_json::from_str(made.trim())?;
+    let ticket = made["ticket"].as_str().context("no ticket")?;
+    let there = moves::attempt(bed, "w1", Node::A, Node::B.address(), &["--ticket", ticket])?;
+    ensure!(there.code == 0, "{} {}", there.json, there.stderr);
+    let back = moves::attempt(bed, "w1", Node::B, Node::A.address(), &[])?;
+    ensure!(back.code == 0, "{} {}", back.json, back.stderr);
+    refused(bed, "w1", Node::B.address(), &["--ticket", ticket], 5, &["used already", "transship ticket"])?;
+    said_on_b(bed, &["refused", &from, "used already", "default/w1"])?;
+    witness.finish(Node::A).map(drop)
 }
