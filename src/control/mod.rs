@@ -19,6 +19,7 @@ use crate::migrate::protocol::Failure;
 use crate::migrate::report::{Report, Round};
 use crate::migrate::tuning::{OnPostCopyFailure, Tuning};
 use crate::net::NetConfig;
+use crate::policy::Policy;
 
 pub mod client;
 pub mod transport;
@@ -106,6 +107,9 @@ pub struct Limits {
     pub memory_cap: u64,
     /// Where images live; on a tmpfs. Each migration has a directory of its own in it.
     pub images_dir: PathBuf,
+    /// What a container that arrives may be.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 fn no_cap() -> u64 {

@@ -11,7 +11,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::abort::Abort;
 use super::background::Background;
 use super::codec::Kind;
-use super::destination::{DestinationTask, announce, connections, wait_for, wait_for_commit, wait_for_runc};
+use super::destination::{
+    DestinationTask, announce, connections, vet, wait_for, wait_for_commit, wait_for_runc,
+};
 use super::fault;
 use super::filling::{Filling, Started};
 use super::link::Link;
@@ -60,7 +62,7 @@ impl Arrival<'_> {
         let images = ImagesDir::create(&self.request.limits.images_dir, &self.request.migration_id)?;
         let netns =
             self.request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
-        let receiver = Receiver::live(&images.0, &self.task.layer()?, self.request.limits.memory_cap)?;
+        let receiver = Receiver::live(&images.0, &self.task.layer()?, &self.request.limits)?;
         ensure!(
             !manifest.in_netns || netns.is_some(),
             "the container comes from a network namespace of its own, and none was made for it here"
@@ -82,6 +84,8 @@ impl Arrival<'_> {
             None => self.prepare(&images.0, manifest, clock)?,
         };
         let now = item("plan", 0.0);
+        vet(&images.0, &self.task.bundle(), self.request, manifest)?;
+        let now = item("images", now);
         let serving = match whole.plan.is_eager() {
             true => None,
             false => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),
