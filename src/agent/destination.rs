@@ -191,7 +191,8 @@ async fn take_cold(agent: &Agent, link: &mut Link, placement: &mut Placement<'_>
     let target = layer::of_mounts(&placement.mounts)?;
     let migration = placement.migration.clone();
     link.say(Message::Ready(Ready { migration, blob_bytes, ..Ready::default() })).await?;
-    layer::receive(link, target, agent.config.policy.nodes()).await.context("the writable layer")?;
+    let nodes = agent.config.policy.nodes(&placement.offer.record.spec);
+    layer::receive(link, target, nodes).await.context("the writable layer")?;
     placement.container().await?;
     Ok(Started::default())
 }

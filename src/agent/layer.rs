@@ -141,8 +141,10 @@ mod tests {
         fs::write(from.join("small"), "x").unwrap();
         let kind = LayerKind::Overlay { userxattr: true };
         let (source, target) = (WritableLayer { dir: from, kind }, WritableLayer { dir: to.clone(), kind });
-        let (sent, received) =
-            tokio::join!(send(&a, source), receive(&mut b, target, Policy::default().nodes()));
+        let (sent, received) = tokio::join!(
+            send(&a, source),
+            receive(&mut b, target, Policy::default().nodes(&serde_json::Value::Null))
+        );
         assert_eq!(sent.unwrap().entries, received.unwrap().entries);
         assert_eq!(fs::read(to.join("sub/large")).unwrap(), vec![5; 3 << 20]);
     }
@@ -158,7 +160,7 @@ mod tests {
         a.say(Message::LayerEnd).await.unwrap();
         let target = WritableLayer { dir: dir.path().into(), kind };
         assert!(
-            receive(&mut b, target, Policy::default().nodes())
+            receive(&mut b, target, Policy::default().nodes(&serde_json::Value::Null))
                 .await
                 .unwrap_err()
                 .to_string()

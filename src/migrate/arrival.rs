@@ -62,7 +62,8 @@ impl Arrival<'_> {
         let images = ImagesDir::create(&self.request.limits.images_dir, &self.request.migration_id)?;
         let netns =
             self.request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
-        let receiver = Receiver::live(&images.0, &self.task.layer()?, &self.request.limits)?;
+        let spec = criu::vet::spec(&self.task.bundle())?;
+        let receiver = Receiver::live(&images.0, &self.task.layer()?, &self.request.limits, &spec)?;
         ensure!(
             !manifest.in_netns || netns.is_some(),
             "the container comes from a network namespace of its own, and none was made for it here"

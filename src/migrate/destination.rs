@@ -175,7 +175,7 @@ fn take(
     let images = ImagesDir::create(&request.limits.images_dir, &request.migration_id)?;
     let netns = request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
     fault::point("receive");
-    let (carry, totals) = receive_state(link, &images.0, &task.layer()?, &request.limits, abort, events)?;
+    let (carry, totals) = receive_state(link, &images.0, task, &request.limits, abort, events)?;
 
     phase(clock, "prepare");
     task.mount().context("mounting the container's rootfs")?;
@@ -303,12 +303,12 @@ pub(super) fn announce(
 fn receive_state(
     link: &Link,
     images: &Path,
-    layer: &WritableLayer,
+    task: &dyn DestinationTask,
     limits: &Limits,
     abort: &Abort,
     events: &dyn Fn(Event),
 ) -> Result<(Value, Final)> {
-    let mut receiver = Receiver::new(images, layer, limits)?;
+    let mut receiver = Receiver::new(images, &task.layer()?, limits, &criu::vet::spec(&task.bundle())?)?;
     let mut shown = 0;
     let mut wire = link.wire();
     loop {

@@ -280,13 +280,19 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Images go into the empty directory `images` (no more than the limits allow), the layer into `layer`.
-    pub fn new(images: &Path, layer: &WritableLayer, limits: &Limits) -> Result<Receiver> {
-        Self::with(images, layer, limits, Memory::Whole(PageStore::new(images, limits.memory_cap)))
+    /// Images go into the empty directory `images` (no more than the limits allow), the layer of the container with this
+    /// spec into `layer`.
+    pub fn new(images: &Path, layer: &WritableLayer, limits: &Limits, spec: &Value) -> Result<Receiver> {
+        Self::with(images, layer, limits, spec, Memory::Whole(PageStore::new(images, limits.memory_cap)))
     }
 
     /// The same for a live migration.
-    pub(super) fn live(images: &Path, layer: &WritableLayer, limits: &Limits) -> Result<Receiver> {
+    pub(super) fn live(
+        images: &Path,
+        layer: &WritableLayer,
+        limits: &Limits,
+        spec: &Value,
+    ) -> Result<Receiver> {
         let memory_cap = limits.memory_cap;
         let memory = LiveMemory {
             store: Store::new(memory_cap)?,
@@ -296,15 +302,21 @@ impl Receiver {
             scratch: Vec::new(),
             stage: Stage::create(images, memory_cap)?,
         };
-        Self::with(images, layer, limits, Memory::Live(Box::new(memory)))
+        Self::with(images, layer, limits, spec, Memory::Live(Box::new(memory)))
     }
 
-    fn with(images: &Path, layer: &WritableLayer, limits: &Limits, pages: Memory) -> Result<Receiver> {
+    fn with(
+        images: &Path,
+        layer: &WritableLayer,
+        limits: &Limits,
+        spec: &Value,
+        pages: Memory,
+    ) -> Result<Receiver> {
         Ok(Receiver {
             images: images.to_owned(),
             file: None,
             room: limits.memory_cap,
-            layer: Some(Apply::for_layer(layer)?.only_devices(limits.policy.nodes())),
+            layer: Some(Apply::for_layer(layer)?.only_devices(limits.policy.nodes(spec))),
             layer_rounds: 0,
             open_ended: matches!(pages, Memory::Live(_)),
             pages,

@@ -188,9 +188,14 @@ fn is_default_rule(kind: &str, major: i64, minor: Option<i64>) -> bool {
 }
 
 impl Policy {
-    /// Which device nodes a writable layer may have: block device or not, major and minor number.
-    pub fn nodes(&self) -> crate::rootfs::apply::Nodes {
-        if self.privileged {
+    /// Which device nodes the writable layer of a container with this spec may have: block device or not, major and minor number.
+    ///
+    /// One with `CAP_MKNOD`, which is among the default capabilities, can make any node itself: what it can open is what its device rules say.
+    pub fn nodes(&self, spec: &Value) -> crate::rootfs::apply::Nodes {
+        let sets = spec.pointer("/process/capabilities").and_then(Value::as_object);
+        let mut names =
+            sets.into_iter().flat_map(|s| s.values()).flat_map(|set| set.as_array().into_iter().flatten());
+        if self.privileged || names.any(|n| n == "CAP_MKNOD") {
             return Box::new(|_, _, _| true);
         }
         let listed: Vec<_> = self.devices.iter().filter_map(|path| super::host::device(path)).collect();

@@ -47,6 +47,7 @@
 //! | namespaces by path | network alone: below /run/netns, and made for it here | never |
 //! | ID maps | IDs of the node from 65536 on | `host_ids` |
 //! | devices and device rules | those that runc gives every container | `devices` |
+//! | device nodes in the writable layer | those; any, with `CAP_MKNOD`: the device rules say what can be opened | `devices` |
 //! | `cgroupsPath` | `/NAMESPACE/ID`, or a scope of its own under systemd | `cgroup_parents` |
 //! | `unified` | limits; not `cgroup.procs` and the like | never |
 //! | sysctls | those of namespaces that it has of its own | never |

@@ -12,6 +12,9 @@ pub fn record(name: &str) -> Record {
         "ctr-1.7" => include_str!("recorded/ctr-1.7.json"),
         "ctr-1.7-seccomp" => include_str!("recorded/ctr-1.7-seccomp.json"),
         "ctr-1.7-privileged" => include_str!("recorded/ctr-1.7-privileged.json"),
+        "ctr-2.1" => include_str!("recorded/ctr-2.1.json"),
+        "cri-2.1-container" => include_str!("recorded/cri-2.1-container.json"),
+        "cri-2.1-sandbox" => include_str!("recorded/cri-2.1-sandbox.json"),
         other => panic!("{other} was not recorded"),
     };
     serde_json::from_str(text).unwrap()
@@ -74,12 +77,34 @@ fn refused(pointer: &str, value: Value, word: &str, key: Option<&'static str>, a
 
 #[test]
 fn what_ctr_makes_passes() {
-    for name in ["ctr-1.7", "ctr-1.7-seccomp"] {
+    for name in ["ctr-1.7", "ctr-1.7-seccomp", "ctr-2.1"] {
         assert_eq!(judge(&Policy::default(), &record(name)), [], "{name}");
     }
     let seccomp = policy("require = ['seccomp', 'no-new-privileges']");
     assert_eq!(judge(&seccomp, &record("ctr-1.7-seccomp")), []);
     assert_eq!(judge(&seccomp, &record("ctr-1.7")).len(), 1, "plain `ctr run` sets no seccomp filter");
+}
+
+/// Containers of pods do not move anyway; but nothing that CRI gives to every container is taken for more than it is.
+#[test]
+fn what_cri_makes_is_refused_for_its_pod_alone() {
+    let pods = policy(
+        "annotations = ['io.kubernetes.cri.*']\n labels = ['io.*']\n extensions = ['io.cri-containerd.*']\n
+         cgroup_parents = ['/kubepods/three-under-transship']\n unmasked_paths = ['/proc/acpi', '/proc/asound', '/proc/kcore',
+         '/proc/keys', '/proc/latency_stats', '/proc/timer_list', '/proc/sched_debug', '/proc/scsi', '/sys/firmware',
+         '/proc/bus', '/proc/fs', '/proc/irq', '/proc/sys', '/proc/sysrq-trigger']",
+    );
+    assert_eq!(judge(&pods, &record("cri-2.1-sandbox")), []);
+    let found = judge(&pods, &record("cri-2.1-container"));
+    let what: Vec<_> = found.iter().map(|v| v.what.split(" /proc/").next().unwrap_or_default()).collect();
+    assert!(what[0].starts_with("belongs to the sandbox"), "{what:?}");
+    let joins = ["joins the ipc namespace", "joins the uts namespace", "joins the network namespace"];
+    assert_eq!(what[1..], joins);
+    let keys: Vec<_> =
+        judge(&Policy::default(), &record("cri-2.1-sandbox")).iter().filter_map(|v| v.key).collect();
+    for key in ["annotations", "labels", "extensions", "cgroup_parents"] {
+        assert!(keys.contains(&key), "{key}: {keys:?}");
+    }
 }
 
 #[test]

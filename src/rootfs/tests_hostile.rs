@@ -150,9 +150,11 @@ fn devices_are_those_of_the_policy() {
     if skip() {
         return;
     }
+    // of a container that cannot make nodes itself
+    let spec = serde_json::json!({"process": {"capabilities": {"bounding": ["CAP_CHOWN"]}}});
     let try_it = |policy: &Policy, kind: Kind| {
         let bed = Bed::new();
-        let mut apply = Apply::new(&bed.layer()).unwrap().only_devices(policy.nodes());
+        let mut apply = Apply::new(&bed.layer()).unwrap().only_devices(policy.nodes(&spec));
         apply.entry(&node("", Kind::Directory)).unwrap();
         apply.entry(&node("a", kind)).map_err(|e| format!("{e:#}"))?;
         Ok::<_, String>(fs::symlink_metadata(bed.layer().join("a")).unwrap())
@@ -173,6 +175,11 @@ fn devices_are_those_of_the_policy() {
     assert!(try_it(&policy, kmsg.clone()).is_err());
     try_it(&Policy { devices: vec!["/dev/kmsg".into()], ..Policy::default() }, kmsg).unwrap();
     try_it(&Policy { privileged: true, ..Policy::default() }, disk).unwrap();
+    let able = crate::policy::tests::record("ctr-1.7").spec;
+    assert!(
+        policy.nodes(&able)(true, 8, 0),
+        "CAP_MKNOD makes any node; its device rules say what it can open"
+    );
 }
 
 #[test]

@@ -125,15 +125,19 @@ const NAMES: [&str; 45] = [
 const RARE: [&str; 5] =
     ["userns-#.img", "bpfmap-data.img", "bpfmap-file.img", "stats-dump", "pages-shmem-#.img"];
 
+/// A bundle's spec.
+pub fn spec(bundle: &Path) -> Result<serde_json::Value> {
+    let config = bundle.join("config.json");
+    let text = std::fs::read(&config).with_context(|| format!("reading {}", config.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("reading {}", config.display()))
+}
+
 /// Looks at the images; for a container whose spec the policy allows.
 ///
 /// # Errors
 /// What they say that the spec does not, and which key of the policy would allow it.
 pub fn check(subject: &Subject<'_>) -> Result<()> {
-    let config = subject.bundle.join("config.json");
-    let text = std::fs::read(&config).with_context(|| format!("reading {}", config.display()))?;
-    let json: serde_json::Value =
-        serde_json::from_slice(&text).with_context(|| format!("reading {}", config.display()))?;
+    let json = spec(subject.bundle)?;
     let spec = Spec::deserialize(&json).context("the container's spec")?;
     names(subject.images)?;
     let caps = Caps::of(&spec);
