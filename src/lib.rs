@@ -12,6 +12,7 @@
 //! | [`net`] | a network namespace captured, rebuilt, fenced and announced |
 //! | [`rootfs`] | the writable layer: captured as a stream of entries, applied exactly |
 //! | [`control`] | the unix socket between agent and shim, with descriptors passed along |
+//! | [`policy`] | what a container from elsewhere may be on this node |
 //! | [`tls`] | certificates, mutual TLS 1.3, the ClientHello peek |
 //! | [`containerd`] | what we ask of containerd: containers, tasks, images, snapshots, content |
 //! | [`agent`] | the node's daemon: peers, tickets, preparing and undoing a destination |
@@ -35,6 +36,7 @@ pub mod journal;
 pub mod memory;
 pub mod migrate;
 pub mod net;
+pub mod policy;
 pub mod private;
 pub mod program;
 pub mod rootfs;

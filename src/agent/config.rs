@@ -16,6 +16,7 @@ use crate::{
         quantity,
         tuning::{Asked, Compression, Mode, OnPostCopyFailure, Tuning},
     },
+    policy::Policy,
     tls::config::{DEFAULT_DIR as PKI_DIR, Pki},
 };
 
@@ -148,6 +149,8 @@ pub struct Config {
     pub max_frozen: u32,
     /// How containers leave.
     pub migration: Migration,
+    /// What containers that arrive may be.
+    pub policy: Policy,
 }
 
 impl Default for Config {
@@ -172,6 +175,7 @@ impl Default for Config {
             max_incoming: 32,
             max_frozen: 0,
             migration: Migration::default(),
+            policy: Policy::default(),
         }
     }
 }
@@ -211,7 +215,7 @@ impl Config {
             let fine = !bridge.is_empty() && bridge.len() < 16 && !bridge.contains(['/', ' ']);
             ensure!(fine, "bridge: {bridge:?} is no name of a link");
         }
-        Ok(())
+        self.policy.validate()
     }
 
     /// The directory of certificates.
@@ -251,6 +255,7 @@ impl Config {
                 most => most,
             },
             images_dir: self.images_dir.clone(),
+            policy: self.policy.clone(),
         }
     }
 }
@@ -293,6 +298,27 @@ mod tests {
             compress = "zstd"
             on_post_copy_failure = "thaw"
             max_rounds = 7
+            [policy]
+            capabilities = ["CAP_NET_ADMIN"]
+            privileged = false
+            devices = ["/dev/fuse"]
+            mount_types = ["fuse"]
+            shared_mounts = false
+            unmasked_paths = ["/proc/keys"]
+            host_namespaces = ["ipc"]
+            host_ids = ["100000:65536"]
+            cgroup_parents = ["/pods"]
+            min_oom_score_adj = -500
+            realtime = false
+            selinux_types = ["container_t"]
+            require = ["seccomp", "apparmor", "no-new-privileges", "user-namespace"]
+            annotations = ["example.org/*"]
+            labels = ["nerdctl/*"]
+            extensions = ["x"]
+            runtimes = ["io.containerd.transship.v2"]
+            oci_runtimes = ["/opt/runc/bin/runc"]
+            runtime_configs = ["/etc/crun.toml"]
+            image_names = ["localhost/*"]
         "#;
         let config = Config::parse(text).unwrap();
         assert_eq!((config.stdio, config.bridge.as_deref()), (StdioPolicy::Fifo, Some("cni0")));
@@ -303,6 +329,7 @@ mod tests {
         assert_eq!(config.limits(0, 0, 1).max_frozen, 3);
         assert!(Config::default().limits(0, 0, 1).max_frozen > 0);
         assert_eq!(config.limits(5, 1 << 40, 1).ghost_limit, u32::MAX);
+        assert_eq!(config.policy.min_oom_score_adj, -500);
         let want = Tuning {
             mode: Mode::PreCopy,
             max_downtime_ms: 1500,
@@ -341,6 +368,8 @@ mod tests {
             ("accept_from = ['']", "empty"),
             ("tickets = 'always'\naccept_from = ['node-a']", "accept_from"),
             ("[migration]\nmode = 'sideways'", "sideways"),
+            ("[policy]\nprivilege = true", "privilege"),
+            ("[policy]\ncapabilities = ['ADMIN']", "ADMIN"),
             ("[migration]\nmax_downtime = '300'", "300ms"),
             ("[migration]\nbandwidth = 'fast'", "Gbit/s"),
             ("[migration]\ncompression = 'zstd'", "compression"),

@@ -30,7 +30,7 @@ use super::{
     tickets::Held,
 };
 use crate::{
-    containerd::{Containerd, content::check_digest, image::Blob},
+    containerd::{Containerd, image::Blob},
     control::{self, ReceiveRequest},
     migrate::{
         admission::LIMIT as ADMISSION_LIMIT,
@@ -254,21 +254,20 @@ async fn take_blob(link: &mut Link, placement: &mut Placement<'_>, blob: &Blob) 
             writer.write(data).await?;
         }
     }
-    // only references among blobs: other labels could pin or expire what is not the image's
-    let mut labels = blob.labels.clone();
-    labels.retain(|k, v| k.starts_with("containerd.io/gc.ref.content.") && check_digest(v).is_ok());
     match writer {
-        Some(writer) => writer.commit(labels).await,
-        None => placement.containerd().blob_label(&blob.digest, &labels).await,
+        // which others it refers to is read in it when all of them are here; until then the lease keeps them
+        Some(writer) => writer.commit(Default::default()).await,
+        None => Ok(()),
     }
 }
 
-async fn take_cold(_: &Agent, link: &mut Link, placement: &mut Placement<'_>) -> Result<Started> {
+async fn take_cold(agent: &Agent, link: &mut Link, placement: &mut Placement<'_>) -> Result<Started> {
     let blob_bytes = image(link, placement).await?;
     let target = layer::of_mounts(&placement.mounts)?;
     let migration = placement.migration.clone();
     link.say(Message::Ready(Ready { migration, blob_bytes, ..Ready::default() })).await?;
-    layer::receive(link, target).await.context("the writable layer")?;
+    let nodes = agent.config.policy.nodes(&placement.offer.record.spec);
+    layer::receive(link, target, nodes).await.context("the writable layer")?;
     placement.container().await?;
     Ok(Started::default())
 }

@@ -9,7 +9,9 @@ use super::{
     link::{Frame, Link},
     message::Message,
 };
-use crate::rootfs::{Apply, CaptureOptions, Entry, MountSpec, Sink, Stats, WritableLayer, capture};
+use crate::rootfs::{
+    Apply, CaptureOptions, Entry, MountSpec, Sink, Stats, WritableLayer, apply::Nodes, capture,
+};
 
 /// The writable layer of a snapshot with these mounts.
 pub fn of_mounts(mounts: &[Mount]) -> Result<WritableLayer> {
@@ -60,12 +62,12 @@ impl Sink for LinkSink {
     }
 }
 
-/// Takes a layer from a peer.
+/// Takes a layer from a peer; of devices only these `nodes`.
 ///
 /// # Errors
 /// The connection ended or the source gave up; what was sent cannot be applied. What was applied so far stays in the
 /// directory, which the caller removes with its snapshot.
-pub async fn receive(link: &mut Link, layer: WritableLayer) -> Result<Stats> {
+pub async fn receive(link: &mut Link, layer: WritableLayer, nodes: Nodes) -> Result<Stats> {
     match link.hear().await? {
         Message::Layer => {}
         Message::Cancel { reason } => bail!("the source gave up: {reason}"),
@@ -73,7 +75,7 @@ pub async fn receive(link: &mut Link, layer: WritableLayer) -> Result<Stats> {
     }
     let (to, mut frames) = mpsc::channel::<Frame>(4);
     let apply = tokio::task::spawn_blocking(move || -> Result<Stats> {
-        let mut apply = Apply::for_layer(&layer)?;
+        let mut apply = Apply::for_layer(&layer)?.only_devices(nodes);
         while let Some(frame) = frames.blocking_recv() {
             match frame {
                 Frame::Entry(bytes) => apply.entry(&Entry::decode(&bytes)?)?,
@@ -124,7 +126,7 @@ mod tests {
     use std::{fs, time::Duration};
 
     use super::*;
-    use crate::rootfs::LayerKind;
+    use crate::{policy::Policy, rootfs::LayerKind};
 
     #[tokio::test]
     async fn a_layer_crosses_a_link() {
@@ -140,7 +142,10 @@ mod tests {
         fs::write(from.join("small"), "x").unwrap();
         let kind = LayerKind::Overlay { userxattr: true };
         let (source, target) = (WritableLayer { dir: from, kind }, WritableLayer { dir: to.clone(), kind });
-        let (sent, received) = tokio::join!(send(&a, source), receive(&mut b, target));
+        let (sent, received) = tokio::join!(
+            send(&a, source),
+            receive(&mut b, target, Policy::default().nodes(&serde_json::Value::Null))
+        );
         assert_eq!(sent.unwrap().entries, received.unwrap().entries);
         assert_eq!(fs::read(to.join("sub/large")).unwrap(), vec![5; 3 << 20]);
     }
@@ -155,6 +160,12 @@ mod tests {
         a.say(Message::Layer).await.unwrap();
         a.say(Message::LayerEnd).await.unwrap();
         let target = WritableLayer { dir: dir.path().into(), kind };
-        assert!(receive(&mut b, target).await.unwrap_err().to_string().contains("cut short"));
+        assert!(
+            receive(&mut b, target, Policy::default().nodes(&serde_json::Value::Null))
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("cut short")
+        );
     }
 }

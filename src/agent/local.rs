@@ -255,13 +255,17 @@ async fn try_restore(
     let mut offer: Offer = serde_json::from_value(manifest.container)
         .context("what the file says of the container")
         .map_err(bad)?;
+    let was = (offer.namespace.clone(), offer.record.id.clone());
     if !request.namespace.is_empty() {
         offer.namespace.clone_from(&request.namespace);
     }
     if !request.container.is_empty() && request.container != offer.record.id {
         rename(&mut offer, &request.container);
     }
+    spec::move_cgroup(&mut offer.record.spec, (&was.0, &was.1), (&offer.namespace, &offer.record.id));
     offer.ignore_cpu |= request.ignore_cpu;
+    // a file is always of a container that ran; one that says otherwise would be looked at less closely
+    offer.cold = false;
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
     if !plain(&namespace) || !plain(&id) {
         return Err(ErrorReport::new(ExitCode::Usage, format!("{namespace}/{id} is no name of a container")));

@@ -2,7 +2,6 @@
 //! nothing: lease, image, snapshot, network namespace, record, marker, task.
 
 use std::{
-    collections::BTreeSet,
     fs,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -22,9 +21,18 @@ use super::{
     spec::{self, SpecNamespace},
 };
 use crate::{
-    containerd::{Namespace, image::Blob, is_already_exists, task::Stdio},
+    containerd::{
+        Namespace,
+        image::{Blob, ImageRecord},
+        is_already_exists,
+        task::Stdio,
+    },
     control::incoming_marker,
     journal,
+    policy::{
+        self,
+        record::{bare_image_name, image_name},
+    },
 };
 
 /// How long what is being made is kept from containerd's garbage collector, should this agent die.
@@ -143,22 +151,10 @@ impl<'a> Placement<'a> {
             .image_closure(&image.target, Some(&self.offer.chain))
             .await
             .with_context(|| format!("image {}", image.name))?;
-        match self.leased.image(&image.name).await? {
-            None => {
-                let mut image = image.clone();
-                // what the garbage collector is told is this node's business
-                image.labels.retain(|key, _| !key.starts_with("containerd.io/gc."));
-                let (step, leased) = (Step::Image(image.name.clone()), self.leased.clone());
-                match self.step(step, leased.image_create(image)).await {
-                    Err(error) if is_already_exists(&error) => {}
-                    other => other?,
-                }
-            }
-            Some(present) if present.target.digest != image.target.digest => self.warnings.push(format!(
-                "the image name {} means another image on this node; it was left as it is",
-                image.name
-            )),
-            Some(_) => {}
+        self.keep_image(image).await?;
+        for blob in closure.blobs.iter().filter(|b| !b.labels.is_empty()) {
+            // what refers to what, as the documents say and not as the peer does
+            self.leased.blob_label(&blob.digest, &blob.labels).await?;
         }
         let count = closure.layers.len();
         let snapshotter = self.offer.record.snapshotter.clone();
@@ -167,6 +163,31 @@ impl<'a> Placement<'a> {
         let preparing = leased.snapshot_prepare(&snapshotter, &key, closure.chain_id(), Default::default());
         self.mounts = self.step(Step::Snapshot, preparing).await?;
         Ok(())
+    }
+
+    /// The image's record, under a name that takes nothing from this node's own images.
+    async fn keep_image(&mut self, mut image: ImageRecord) -> Result<()> {
+        let bare = bare_image_name(&image.name, &image.target.digest).to_string();
+        let here = self.leased.image(&bare).await?.map(|i| i.target.digest);
+        let name = image_name(&self.config.policy, &image.name, &image.target.digest, here.as_deref());
+        if here.as_ref().is_some_and(|there| *there != image.target.digest) {
+            self.warnings
+                .push(format!("the image name {bare} means another image on this node; it is {name} here"));
+        }
+        self.offer.record.image.clone_from(&name);
+        if here.is_some() && name == bare {
+            return Ok(());
+        }
+        image.name = name;
+        // what programs of this node are told about an image is this node's business
+        image.labels.clear();
+        image.target.annotations.clear();
+        image.target.platform = None;
+        let (step, leased) = (Step::Image(image.name.clone()), self.leased.clone());
+        match self.step(step, leased.image_create(image)).await {
+            Err(error) if is_already_exists(&error) => Ok(()),
+            other => other,
+        }
     }
 
     /// The network namespace, fenced, and the spec's path to it.
@@ -276,10 +297,11 @@ pub fn netns_path(offer: &Offer) -> PathBuf {
 
 /// Looks up what [`super::preflight::check`] needs; `None` for the bridge where the network is not built.
 pub async fn situation(config: &Config, containerd: &Namespace, offer: &Offer) -> Result<Situation> {
-    let (criu, runtime) = (config.criu.clone(), offer.runtime.clone());
+    let (criu, asked) = (config.criu.clone(), offer.runtime.clone());
+    // it is started for its version: none that a peer makes up
+    let runtime = config.policy.oci_runtimes.iter().find(|r| **r == asked).cloned();
     let host = tokio::task::spawn_blocking(move || {
-        let runtime = if plain(&runtime) { runtime } else { "runc".into() };
-        HostFacts::gather(criu.as_deref(), &runtime)
+        HostFacts::gather(criu.as_deref(), runtime.as_deref().unwrap_or("runc"))
     })
     .await
     .context("a thread")?;
@@ -308,7 +330,11 @@ pub async fn situation(config: &Config, containerd: &Namespace, offer: &Offer) -
     let (images_free, images_in_memory) = host::free_space(&config.images_dir)?;
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let netns = netns_path(offer);
-    let existing: BTreeSet<_> = spec::host_mounts(&record.spec).into_iter().filter(|m| m.exists()).collect();
+    // one that comes cold would be started in that of another
+    let named = matches!(spec::namespace(&record.spec, "network"), SpecNamespace::At(_));
+    let wanted = if offer.cold { named } else { offer.net.is_some() };
+    let sources = spec::host_mounts(&record.spec).into_iter();
+    let mounts = sources.map(|m| (m.clone(), policy::host::look(&m, &config.host_mounts))).collect();
     Ok(Situation {
         host,
         taken,
@@ -317,9 +343,9 @@ pub async fn situation(config: &Config, containerd: &Namespace, offer: &Offer) -
         memory_available: host::mem_available(&meminfo).unwrap_or(u64::MAX),
         snapshotter,
         bridge,
-        listed_mounts: config.host_mounts.clone(),
-        existing_mounts: existing,
-        netns_taken: (!offer.cold && offer.net.is_some() && netns.exists()).then_some(netns),
+        policy: config.policy.clone(),
+        mounts,
+        netns_taken: (wanted && netns.exists()).then_some(netns),
     })
 }
 

@@ -1,6 +1,9 @@
 //! Does the destination want this container? Every reason against it is found before anything is made. Pure.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use super::{
     host::HostFacts,
@@ -8,6 +11,15 @@ use super::{
     pod,
     spec::{self, SpecNamespace},
 };
+use crate::{
+    containerd::content::check_digest,
+    policy::{self, Policy, Violation, host::Source},
+};
+
+/// The most blobs that one image may bring.
+const BLOBS: usize = 4096;
+/// So many things against a spec are named; the rest is counted.
+const NAMED: usize = 5;
 
 /// CPU features of x86 that programs use without asking the kernel first, in the kernel's words. Others in
 /// `/proc/cpuinfo` are the kernel's own business (mitigations, virtualisation, power) and may differ.
@@ -134,10 +146,10 @@ pub struct Situation {
     pub snapshotter: Option<String>,
     /// The configured bridge; `Err`: its name, but it does not exist.
     pub bridge: Option<Result<String, String>>,
-    /// Directories that may be mounted.
-    pub listed_mounts: Vec<PathBuf>,
-    /// Mounts of the spec that exist on this node.
-    pub existing_mounts: BTreeSet<PathBuf>,
+    /// What containers may be here.
+    pub policy: Policy,
+    /// What the folders are that the spec mounts.
+    pub mounts: BTreeMap<PathBuf, Source>,
     /// The place for the network namespace is taken.
     pub netns_taken: Option<PathBuf>,
 }
@@ -285,21 +297,40 @@ fn check_spec(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
     };
     pod::check(&offer.record)?;
     check_movable(&offer.record.spec)?;
+    let against = policy::check(&now.policy, &offer.namespace, &offer.record);
+    if !against.is_empty() {
+        return Err(refusal(&against));
+    }
+    check_blobs(offer)?;
     for mount in spec::host_mounts(&offer.record.spec) {
-        if !spec::is_listed(&mount, &now.listed_mounts) {
-            return no(
-                "mounts",
-                format!("it mounts {} of the node, which is not allowed on this one", mount.display()),
-                "list it under `host_mounts` in this node's agent.toml if its content is the same on both",
-            );
+        let what = format!("it mounts {} of the node", mount.display());
+        match now.mounts.get(&mount).unwrap_or(&Source::Unlisted) {
+            Source::Fine => {}
+            Source::Unlisted => {
+                return no(
+                    "mounts",
+                    format!("{what}, which is not allowed on this one"),
+                    "list it under `host_mounts` in this node's agent.toml if its content is the same on both",
+                );
+            }
+            Source::Missing => {
+                return no(
+                    "mounts",
+                    format!("{what}, which does not exist on this one"),
+                    "make it available here (a shared filesystem, or a copy)",
+                );
+            }
+            Source::Astray(why) => {
+                return no(
+                    "mounts",
+                    format!("{what}, on whose way here is a link below the listed folder ({why})"),
+                    "list the folder itself that is meant",
+                );
+            }
         }
-        if !now.existing_mounts.contains(&mount) {
-            return no(
-                "mounts",
-                format!("it mounts {} of the node, which does not exist on this one", mount.display()),
-                "make it available here (a shared filesystem, or a copy)",
-            );
-        }
+    }
+    if offer.net.is_none() && !offer.cold {
+        return no("network", "the other node does not say what its network is".into(), "");
     }
     if let Some(path) = &now.netns_taken {
         return no(
@@ -307,6 +338,46 @@ fn check_spec(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
             format!("a network namespace {} is there already", path.display()),
             "if nothing uses it, remove it with `ip netns delete`",
         );
+    }
+    Ok(())
+}
+
+/// What the other side is told of things that the policy does not allow.
+fn refusal(against: &[Violation]) -> Refusal {
+    let mut message: Vec<String> = against.iter().take(NAMED).map(|v| format!("it {}", v.what)).collect();
+    if against.len() > NAMED {
+        message.push(format!("and {} more", against.len() - NAMED));
+    }
+    let mut advice: Vec<String> = Vec::new();
+    for one in against.iter().take(NAMED).map(Violation::advice) {
+        if !advice.contains(&one) {
+            advice.push(one);
+        }
+    }
+    Refusal {
+        code: "policy".into(),
+        message: format!(
+            "this node's policy does not allow what the container asks for: {}",
+            message.join("; ")
+        ),
+        advice: advice.join("; "),
+    }
+}
+
+fn check_blobs(offer: &Offer) -> Result<(), Refusal> {
+    let no = |message: String| Err(Refusal { code: "image".into(), message, advice: String::new() });
+    if offer.blobs.len() > BLOBS {
+        return no(format!("its image has {} blobs", offer.blobs.len()));
+    }
+    let mut total = 0u64;
+    for blob in &offer.blobs {
+        if check_digest(&blob.digest).is_err() {
+            return no(format!("its image has a blob {:?}", blob.digest));
+        }
+        match total.checked_add(blob.size).filter(|t| *t <= i64::MAX as u64) {
+            Some(sum) => total = sum,
+            None => return no(format!("its image has a blob of {} bytes", blob.size)),
+        }
     }
     Ok(())
 }
@@ -348,9 +419,16 @@ fn mib(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::json;
 
     use super::*;
+    use crate::containerd::image::{Blob, digest_of};
+
+    fn blob(digest: &str, size: u64) -> Blob {
+        Blob { digest: digest.into(), size, ..Blob::default() }
+    }
 
     fn set(words: &str) -> BTreeSet<String> {
         words.split_whitespace().map(String::from).collect()
@@ -370,10 +448,12 @@ mod tests {
 
     fn offer() -> Offer {
         let mut offer = Offer { host: host(), memory: 1 << 30, runtime: "runc".into(), ..Default::default() };
-        offer.record.spec = json!({
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/x"}]},
-            "mounts": [{"type": "bind", "source": "/srv/data"}]
-        });
+        offer.namespace = "default".into();
+        offer.net = Some(Default::default());
+        offer.record = crate::policy::tests::record("ctr-1.7");
+        offer.record.spec["linux"]["namespaces"][4]["path"] = json!("/run/netns/x");
+        let mounts = offer.record.spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/data", "type": "bind", "source": "/srv/data"}));
         offer
     }
 
@@ -384,8 +464,7 @@ mod tests {
             images_in_memory: true,
             memory_available: 4 << 30,
             bridge: Some(Ok("cni0".into())),
-            listed_mounts: vec!["/srv".into()],
-            existing_mounts: [PathBuf::from("/srv/data")].into(),
+            mounts: [(PathBuf::from("/srv/data"), Source::Fine)].into(),
             ..Default::default()
         }
     }
@@ -414,8 +493,19 @@ mod tests {
             ("cpu", |o, _| o.host.page_size = 65536),
             ("room", |_, s| s.images_free = 1 << 30),
             ("memory", |_, s| s.memory_available = 2 << 30),
-            ("mounts", |_, s| s.listed_mounts.clear()),
-            ("mounts", |_, s| s.existing_mounts.clear()),
+            ("mounts", |_, s| s.mounts.clear()),
+            ("mounts", |_, s| *s.mounts.get_mut(Path::new("/srv/data")).unwrap() = Source::Missing),
+            ("mounts", |_, s| {
+                *s.mounts.get_mut(Path::new("/srv/data")).unwrap() = Source::Astray("x".into())
+            }),
+            ("network", |o, _| o.net = None),
+            ("policy", |o, _| o.record.spec["hooks"] = json!({"prestart": [{"path": "/bin/sh"}]})),
+            ("policy", |o, _| o.record.runtime = "/tmp/shim".into()),
+            ("image", |o, _| o.blobs = vec![blob("sha256:../../x", 1)]),
+            ("image", |o, _| {
+                o.blobs = vec![blob(&digest_of(b"a"), 1 << 62), blob(&digest_of(b"b"), 1 << 62)]
+            }),
+            ("image", |o, _| o.blobs = vec![blob(&digest_of(b"a"), 1); BLOBS + 1]),
             ("criu", |_, s| s.host.criu.clear()),
             ("runtime", |_, s| s.host.runc.clear()),
             ("cgroup", |_, s| s.host.cgroup = "v1".into()),
@@ -432,6 +522,22 @@ mod tests {
             assert_eq!(refusal.code, *code, "{refusal:?}");
             assert!(!refusal.message.is_empty());
         }
+    }
+
+    #[test]
+    fn what_the_policy_does_not_allow_is_named_with_its_key() {
+        let (mut offer, mut situation) = (offer(), situation());
+        offer.record.spec["process"]["capabilities"]["bounding"] = json!(["CAP_SYS_ADMIN"]);
+        let said = check(&offer, &situation).unwrap_err();
+        assert!(said.message.contains("CAP_SYS_ADMIN") && said.advice.contains("`capabilities`"), "{said:?}");
+        situation.policy.capabilities = vec!["CAP_SYS_ADMIN".into()];
+        check(&offer, &situation).unwrap();
+        offer.record.labels = (0..9).map(|n| (format!("nerdctl/{n}"), String::new())).collect();
+        let said = check(&offer, &situation).unwrap_err();
+        assert!(
+            said.message.ends_with("and 4 more") && said.advice.matches("`labels`").count() == 1,
+            "{said:?}"
+        );
     }
 
     #[test]

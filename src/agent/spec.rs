@@ -36,6 +36,15 @@ pub fn set_network(spec: &mut Value, path: &Path) {
     }
 }
 
+/// Gives a container with another name (namespace and id) the cgroup of that name, if it had the one of its own name.
+pub fn move_cgroup(spec: &mut Value, was: (&str, &str), is: (&str, &str)) {
+    if let Some(path) = spec.pointer_mut("/linux/cgroupsPath")
+        && *path == format!("/{}/{}", was.0, was.1)
+    {
+        *path = json!(format!("/{}/{}", is.0, is.1));
+    }
+}
+
 /// Sources of mounts from the node's filesystem.
 pub fn host_mounts(spec: &Value) -> Vec<PathBuf> {
     let mounts = spec["mounts"].as_array();
@@ -87,6 +96,17 @@ mod tests {
         set_network(&mut spec, Path::new("/run/netns/y"));
         assert_eq!(namespace(&spec, "network"), SpecNamespace::At("/run/netns/y".into()));
         assert_eq!(namespace(&spec, "pid"), SpecNamespace::Own);
+    }
+
+    #[test]
+    fn a_cgroup_of_its_own_name_goes_along() {
+        let of = |path: &str| {
+            let mut spec = json!({"linux": {"cgroupsPath": path}});
+            move_cgroup(&mut spec, ("default", "a"), ("other", "b"));
+            spec["linux"]["cgroupsPath"].as_str().map(str::to_string)
+        };
+        assert_eq!(of("/default/a").as_deref(), Some("/other/b"));
+        assert_eq!(of("/default/c").as_deref(), Some("/default/c"));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::migrate::report::{Report, Round};
 use crate::migrate::seal::SealTo;
 use crate::migrate::tuning::{OnPostCopyFailure, Tuning};
 use crate::net::NetConfig;
+use crate::policy::Policy;
 
 pub mod client;
 pub mod transport;
@@ -117,6 +118,9 @@ pub struct Limits {
     pub max_frozen: u32,
     /// Where images live; on a tmpfs. Each migration has a directory of its own in it.
     pub images_dir: PathBuf,
+    /// What a container that arrives may be.
+    #[serde(default)]
+    pub policy: Policy,
 }
 
 fn no_cap() -> u64 {

@@ -15,6 +15,7 @@
 //! | [`images`] | the destination's memory images, written from the pages of a full dump |
 //! | [`plan`], [`mm_image`] | the same after a dump without memory: from the store, some of it left to the page daemon |
 //! | [`tar`] | a quick `tar` for CRIU to call |
+//! | [`vet`] | images from elsewhere, before CRIU believes them |
 //! | [`gate`], [`gate_server`] | holding a stock `runc restore` at two places |
 //!
 //! Everything here blocks; there is no tokio.
@@ -42,6 +43,7 @@ pub mod swrk;
 pub mod tar;
 mod timerfd_image;
 pub mod version;
+pub mod vet;
 
 pub use dump::{DumpRequest, DumpStats, Listing, MemoryMode, PreparedDump, Worker};
 pub use gate_server::GateServer;

@@ -104,6 +104,7 @@ fn request(pki: Pki, ticket: &str) -> ReceiveRequest {
             criu: None,
             memory_cap: 0,
             max_frozen: 0,
+            policy: Default::default(),
             images_dir: "/nonexistent".into(),
         },
         netns: None,

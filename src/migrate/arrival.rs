@@ -12,7 +12,7 @@ use super::abort::Abort;
 use super::background::Background;
 use super::codec::Kind;
 use super::destination::{
-    DestinationTask, MayHaveRun, announce, committed, connections, join, wait_for, wait_for_commit,
+    DestinationTask, MayHaveRun, announce, committed, connections, join, vet, wait_for, wait_for_commit,
     wait_for_runc,
 };
 use super::fault;
@@ -63,7 +63,8 @@ impl Arrival<'_> {
         let images = ImagesDir::create(&self.request.limits.images_dir, &self.request.migration_id)?;
         let netns =
             self.request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
-        let receiver = Receiver::live(&images.0, &self.task.layer()?, self.request.limits.memory_cap)?;
+        let spec = criu::vet::spec(&self.task.bundle())?;
+        let receiver = Receiver::live(&images.0, &self.task.layer()?, &self.request.limits, &spec)?;
         ensure!(
             !manifest.in_netns || netns.is_some(),
             "the container comes from a network namespace of its own, and none was made for it here"
@@ -85,6 +86,8 @@ impl Arrival<'_> {
             None => self.prepare(&images.0, manifest, clock)?,
         };
         let now = item("plan", 0.0);
+        vet(&images.0, &self.task.bundle(), self.request, manifest)?;
+        let now = item("images", now);
         let serving = match whole.plan.is_eager() {
             true => None,
             false => Some(daemon.serve(whole.store, &whole.plan, self.link.clone())?),

@@ -32,9 +32,9 @@ use super::protocol::{
 use super::report::{Clock, Report, millis};
 use super::stream::Receiver;
 use super::wire::{FrameSink, Lost, Wire};
-use crate::control::{Event, ReceiveRequest};
+use crate::control::{Event, Limits, ReceiveRequest};
 use crate::criu::gate::At;
-use crate::criu::{Criu, GateServer};
+use crate::criu::{self, Criu, GateServer};
 use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::{journal, net, program};
 
@@ -171,8 +171,7 @@ fn take(
     let images = ImagesDir::create(&request.limits.images_dir, &request.migration_id)?;
     let netns = request.netns.as_deref().map(net::open).transpose().context("opening the prepared netns")?;
     fault::point("receive", Some(link).filter(|_| waits));
-    let (carry, totals) =
-        receive_state(link, &images.0, &task.layer()?, request.limits.memory_cap, abort, events)?;
+    let (carry, totals) = receive_state(link, &images.0, task, &request.limits, abort, events)?;
 
     phase(clock, "prepare");
     task.mount().context("mounting the container's rootfs")?;
@@ -185,6 +184,7 @@ fn take(
     wait_for(At::Restore, &mut gate, link, task, abort, waits)?;
     fault::point("restoring", Some(link).filter(|_| waits));
     phase(clock, "criu restore");
+    vet(&images.0, &task.bundle(), request, manifest)?;
     let times = KeptTimes::of(&task.bundle().join("rootfs"));
     gate.open_restore()?;
     fault::point("restore", Some(link).filter(|_| waits));
@@ -237,6 +237,13 @@ fn take(
         sent: totals,
         ..Report::default()
     })
+}
+
+/// What the images say is no more than the spec does: looked at when all of them are here, before CRIU does.
+pub(super) fn vet(images: &Path, bundle: &Path, request: &ReceiveRequest, manifest: &Manifest) -> Result<()> {
+    let in_netns = manifest.in_netns && request.netns.is_some();
+    let subject = criu::vet::Subject { images, bundle, policy: &request.limits.policy, in_netns };
+    criu::vet::check(&subject).context("the checkpoint is refused")
 }
 
 /// The connections of the restored tasks, which stand at the gate.
@@ -312,12 +319,12 @@ pub(super) fn announce(
 fn receive_state(
     link: &Link,
     images: &Path,
-    layer: &WritableLayer,
-    memory_cap: u64,
+    task: &dyn DestinationTask,
+    limits: &Limits,
     abort: &Abort,
     events: &dyn Fn(Event),
 ) -> Result<(Value, Final)> {
-    let mut receiver = Receiver::new(images, layer, memory_cap)?;
+    let mut receiver = Receiver::new(images, &task.layer()?, limits, &criu::vet::spec(&task.bundle())?)?;
     let mut shown = 0;
     let mut wire = link.wire();
     loop {

@@ -23,6 +23,7 @@ use super::codec::Kind;
 use super::link::Link;
 use super::protocol::{FileHeader, Final};
 use super::tmpfs::{Piece, Stage};
+use crate::control::Limits;
 use crate::criu::page_server::page_size;
 use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
@@ -268,6 +269,8 @@ pub struct Receiver {
     images: PathBuf,
     pages: Memory,
     file: Option<File>,
+    /// Bytes that image files may still take.
+    room: u64,
     layer: Option<Apply>,
     layer_rounds: u32,
     /// Further rounds of the layer follow the one that comes.
@@ -277,13 +280,20 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Images go into the empty directory `images` (no more than `memory_cap` bytes of pages), the layer into `layer`.
-    pub fn new(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
-        Self::with(images, layer, Memory::Whole(PageStore::new(images, memory_cap)))
+    /// Images go into the empty directory `images` (no more than the limits allow), the layer of the container with this
+    /// spec into `layer`.
+    pub fn new(images: &Path, layer: &WritableLayer, limits: &Limits, spec: &Value) -> Result<Receiver> {
+        Self::with(images, layer, limits, spec, Memory::Whole(PageStore::new(images, limits.memory_cap)))
     }
 
     /// The same for a live migration.
-    pub(super) fn live(images: &Path, layer: &WritableLayer, memory_cap: u64) -> Result<Receiver> {
+    pub(super) fn live(
+        images: &Path,
+        layer: &WritableLayer,
+        limits: &Limits,
+        spec: &Value,
+    ) -> Result<Receiver> {
+        let memory_cap = limits.memory_cap;
         let memory = LiveMemory {
             store: Store::new(memory_cap)?,
             planner: Planner::new(images, EAGER).cap(memory_cap),
@@ -292,14 +302,21 @@ impl Receiver {
             scratch: Vec::new(),
             stage: Stage::create(images, memory_cap)?,
         };
-        Self::with(images, layer, Memory::Live(Box::new(memory)))
+        Self::with(images, layer, limits, spec, Memory::Live(Box::new(memory)))
     }
 
-    fn with(images: &Path, layer: &WritableLayer, pages: Memory) -> Result<Receiver> {
+    fn with(
+        images: &Path,
+        layer: &WritableLayer,
+        limits: &Limits,
+        spec: &Value,
+        pages: Memory,
+    ) -> Result<Receiver> {
         Ok(Receiver {
             images: images.to_owned(),
             file: None,
-            layer: Some(Apply::for_layer(layer)?),
+            room: limits.memory_cap,
+            layer: Some(Apply::for_layer(layer)?.only_devices(limits.policy.nodes(spec))),
             layer_rounds: 0,
             open_ended: matches!(pages, Memory::Live(_)),
             pages,
@@ -403,6 +420,9 @@ impl Receiver {
             Kind::File => {
                 let header: FileHeader = serde_json::from_slice(payload).context("an image file's header")?;
                 ensure!(header.is_safe(), "an image file with the name {:?}", header.name);
+                // an empty one takes some too
+                let room = self.room.checked_sub(header.size.saturating_add(page_size() as u64));
+                self.room = room.context("the images need more memory than this node allows")?;
                 let path = self.images.join(&header.name);
                 // O_EXCL: one image never overwrites another
                 let open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);

@@ -110,6 +110,17 @@ pub enum Kind {
     Whiteout,
 }
 
+impl Kind {
+    /// For a device: whether it is a block device, major and minor number.
+    pub fn device(&self) -> Option<(bool, u32, u32)> {
+        match self {
+            Kind::CharDevice { major, minor } => Some((false, *major, *minor)),
+            Kind::BlockDevice { major, minor } => Some((true, *major, *minor)),
+            _ => None,
+        }
+    }
+}
+
 /// Attributes of an inode.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
@@ -250,7 +261,12 @@ fn check_meta(meta: &Meta, overlay: OverlayXattrs) -> Result<()> {
         ensure!(x.value.len() <= MAX_XATTR_VALUE, "attribute {name} of {} bytes", x.value.len());
         ensure!(i == 0 || meta.xattrs[i - 1].name < x.name, "attribute {name} twice or out of order");
         match xattr::judge(&x.name, overlay) {
-            Verdict::Keep => {}
+            Verdict::Keep => {
+                ensure!(
+                    xattr::is_value(&x.name, &x.value, overlay),
+                    "attribute {name} with a value that it never has"
+                )
+            }
             Verdict::Drop => bail!("attribute {name}, which is never sent"),
             Verdict::Refuse(why) => bail!("attribute {name}: {why}"),
         }
@@ -350,6 +366,7 @@ mod tests {
         assert!(check(Kind::Fifo, with(&["trusted.b", "trusted.b"])).is_err());
         assert!(check(Kind::Fifo, with(&["trusted.overlay.metacopy"])).is_err());
         assert!(check(Kind::Fifo, with(&["trusted.overlay.origin"])).is_err());
+        assert!(check(Kind::Directory, with(&["trusted.overlay.opaque"])).is_err(), "without its value");
         let link = |path: &[u8], target: &[u8]| {
             Entry::Link { path: path.to_vec(), target: target.to_vec() }.check(OverlayXattrs::Trusted)
         };

@@ -50,6 +50,8 @@ pub mod testing;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_hostile;
+#[cfg(test)]
 mod tests_rounds;
 pub mod times;
 pub mod wire;

@@ -87,6 +87,26 @@ fn judge_overlay(mark: &[u8]) -> Verdict {
     }
 }
 
+/// Is this a value that overlayfs gives to this mark of its own? A mark from elsewhere is believed by the kernel that mounts the layer.
+pub(crate) fn is_value(name: &[u8], value: &[u8], overlay: OverlayXattrs) -> bool {
+    let Some(mark) = mark(name, overlay).filter(|m| !m.starts_with(b"overlay.")) else { return true };
+    match mark {
+        b"opaque" => matches!(value, b"y" | b"x"),
+        b"impure" => value == b"y",
+        b"whiteout" | b"whiteouts" => matches!(value, b"" | b"y"),
+        b"uuid" => value.len() == 16,
+        b"protattr" => value.len() <= 2 && value.iter().all(|b| matches!(b, b'i' | b'a')),
+        // a name beside it, or a path from the image's root
+        b"redirect" => {
+            let path = value.strip_prefix(b"/").unwrap_or(value);
+            let names = path.split(|b| *b == b'/');
+            (value.len() < 4096 && (path.len() < value.len() || !path.contains(&b'/')))
+                && names.into_iter().all(|n| !n.is_empty() && n != b"." && n != b".." && !n.contains(&0))
+        }
+        _ => true,
+    }
+}
+
 /// Is this the mark of a directory that hides what is below?
 pub(crate) fn is_opaque(name: &[u8], value: &[u8]) -> bool {
     (name == b"trusted.overlay.opaque" || name == b"user.overlay.opaque") && value == b"y"
@@ -138,6 +158,30 @@ mod tests {
             let verdict = judge(format!("trusted.overlay.{name}").as_bytes(), Trusted);
             assert!(matches!(verdict, Verdict::Refuse(_)), "{name}");
         }
+    }
+
+    #[test]
+    fn values_of_marks() {
+        let fine = |mark: &str, value: &[u8]| {
+            is_value(format!("trusted.overlay.{mark}").as_bytes(), value, OverlayXattrs::Trusted)
+        };
+        for (mark, good, bad) in [
+            ("opaque", &b"y"[..], &b"z"[..]),
+            ("impure", b"y", b""),
+            ("whiteout", b"", b"/x"),
+            ("uuid", &[7; 16], b"short"),
+            ("protattr", b"ia", b"x"),
+            ("redirect", b"name", b"a/b"),
+            ("redirect", b"/a/b", b"/a/../../etc"),
+            ("redirect", b"/a", b"/"),
+            ("redirect", b"...", b".."),
+            ("redirect", b"x", b""),
+        ] {
+            assert!(fine(mark, good) && !fine(mark, bad), "{mark}");
+        }
+        // data of a nested overlayfs, and of none
+        assert!(fine("overlay.redirect", b"/../.."));
+        assert!(is_value(b"trusted.overlay.redirect", b"/../..", OverlayXattrs::None));
     }
 
     #[test]

@@ -62,6 +62,13 @@ pub fn extract(dir: &Path, staged: &Path, input: impl Read) -> Result<()> {
             made.push((path, header));
             continue;
         }
+        // a link to somewhere else on the way would lead out
+        let linked = relative_of(&header)?;
+        ensure!(
+            linked.as_ref().is_none_or(|to| known.contains(to.parent().unwrap_or(Path::new("")))),
+            "{} is linked to what is in no directory of the archive",
+            relative.display()
+        );
         entry(dir, staged, &path, &header, &mut input)
             .with_context(|| format!("making {}", path.display()))?;
         skip(&mut input, padding(header.size))?;
@@ -101,6 +108,11 @@ fn relative(name: &[u8]) -> Result<PathBuf> {
     Ok(out)
 }
 
+/// What a hard link names.
+fn relative_of(header: &Header) -> Result<Option<PathBuf>> {
+    (header.kind == LINK).then(|| relative(&header.target)).transpose()
+}
+
 fn remove(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -134,7 +146,8 @@ fn file(path: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
         Some((pieces, size)) => (pieces.clone(), *size),
         None => (vec![(0, header.size)], header.size),
     };
-    ensure!(pieces.iter().map(|(_, len)| len).sum::<u64>() == header.size, "its pieces are not its size");
+    let sum = pieces.iter().try_fold(0u64, |sum, (_, len)| sum.checked_add(*len));
+    ensure!(sum == Some(header.size), "its pieces are not its size");
     for (at, len) in pieces {
         file.seek(SeekFrom::Start(at))?;
         ensure!(std::io::copy(&mut input.take(len), &mut file)? == len, "the archive ends");

@@ -137,6 +137,48 @@ fn damage_and_names_that_lead_out_are_errors() {
 }
 
 #[test]
+fn links_lead_to_nothing_outside() {
+    let top = tempfile::tempdir().unwrap();
+    let [to, node] = ["to", "node"].map(|n| top.path().join(n));
+    for dir in [&to, &node] {
+        std::fs::create_dir(dir).unwrap();
+    }
+    std::fs::write(node.join("victim"), b"x").unwrap();
+    let header = |kind, name: &str, target: &str| header::Header {
+        kind,
+        name: name.into(),
+        target: target.into(),
+        mode: 0o755,
+        ..Default::default()
+    };
+    let extract = |entries: &[header::Header]| {
+        let mut bytes = Vec::new();
+        let mut out = gzip::Stored::new(&mut bytes).unwrap();
+        for entry in entries {
+            out.write_all(&entry.encode().unwrap()).unwrap();
+        }
+        out.write_all(&[0; 1024]).unwrap();
+        out.finish().unwrap();
+        let result = read::extract(&to, Path::new("/nowhere"), &bytes[..]);
+        let victim = node.join("victim").metadata().unwrap();
+        assert_eq!((victim.nlink(), victim.mode() & 0o777, victim.uid()), (1, 0o644, 0));
+        assert_eq!(std::fs::read_dir(&node).unwrap().count(), 1);
+        result
+    };
+    let dir = || header(header::DIR, "./", "");
+    let out = || header(header::SYMLINK, "./out", &node.display().to_string());
+    extract(&[dir(), out()]).unwrap();
+    assert!(extract(&[dir(), out(), header(header::LINK, "./l", "./out/victim")]).is_err(), "a link's way");
+    assert!(extract(&[dir(), out(), header(header::LINK, "./l", "../node/victim")]).is_err());
+    assert!(extract(&[dir(), out(), header(header::FILE, "./out/new", "")]).is_err());
+    // in the link's place, not behind it
+    extract(&[dir(), out(), header(header::DIR, "./out", ""), header(header::FILE, "./out/new", "")])
+        .unwrap();
+    assert!(to.join("out/new").exists());
+    assert!(extract(&[dir(), out()]).is_err(), "a directory does not become a link");
+}
+
+#[test]
 fn only_what_criu_asks_for_is_done_here() {
     let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
     let create = "--create --gzip --no-unquote --no-wildcards --one-file-system --check-links --preserve-permissions --sparse \

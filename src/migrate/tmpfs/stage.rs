@@ -13,6 +13,8 @@ use crate::rootfs;
 
 /// Files that are kept open.
 const OPEN: usize = 256;
+/// Empty ones take memory too.
+const FILES: usize = 1 << 20;
 
 /// What has come so far.
 pub struct Stage {
@@ -113,6 +115,7 @@ impl Stage {
     fn count(&mut self, id: u64) -> Result<()> {
         let now = self.open[&id].metadata().context("looking at a staged file")?.blocks() * 512;
         let was = self.held.insert(id, now).unwrap_or(0);
+        ensure!(self.held.len() <= FILES, "the container has more than {FILES} files on its tmpfs mounts");
         self.sum = self.sum - was + now;
         ensure!(
             self.sum <= self.cap,

@@ -10,6 +10,7 @@
 
 mod attributes;
 mod merged;
+mod room;
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -29,6 +30,7 @@ use super::sys::{self, Inode};
 use super::xattr::{OverlayXattrs, is_leftover};
 use super::{Sink, Stats};
 use attributes::Exact;
+use room::Room;
 
 /// Writes streams of entries into a directory. Dropped before [`Apply::finish`], it leaves what it has written; no flag
 /// that would stand in the way of removing it is set by then.
@@ -50,7 +52,13 @@ pub struct Apply {
     protected: BTreeMap<Vec<u8>, Protected>,
     stats: Stats,
     end: Option<Totals>,
+    /// Which device nodes are made; all without it.
+    nodes: Option<Nodes>,
+    room: Room,
 }
+
+/// Tells whether a device node may be made: block device or not, major and minor number.
+pub type Nodes = Box<dyn Fn(bool, u32, u32) -> bool + Send>;
 
 /// What takes the mount away; told why.
 pub type Unmount = Box<dyn FnMut(&str) -> Result<()> + Send>;
@@ -161,7 +169,15 @@ impl Apply {
             protected: BTreeMap::new(),
             stats: Stats::default(),
             end: None,
+            nodes: None,
+            room: Room::default(),
         })
+    }
+
+    /// Other device nodes than these are refused; whiteouts are none.
+    pub fn only_devices(mut self, nodes: Nodes) -> Self {
+        self.nodes = Some(nodes);
+        self
     }
 
     /// The overlay is mounted at `merged` by now: from here on changes are made through it. Does nothing for a layer
@@ -313,6 +329,15 @@ impl Apply {
     fn node(&mut self, path: &[u8], kind: &Kind, meta: &Meta) -> Result<()> {
         if path.is_empty() {
             return self.root_entry(meta);
+        }
+        self.room.entry(self.upper.as_fd())?;
+        if let (Some(nodes), Some((block, major, minor))) = (&self.nodes, kind.device()) {
+            ensure!(
+                nodes(block, major, minor),
+                "the device {} {major}:{minor}, which this node's policy does not allow: `devices` in the section \
+                 [policy] of its agent.toml would",
+                if block { 'b' } else { 'c' }
+            );
         }
         self.may_go_through(path, kind, meta)?;
         match kind {
@@ -666,6 +691,7 @@ impl Sink for Apply {
         ensure!(self.end.is_none(), "layer data after the end mark");
         let end = file.range(offset, bytes.len() as u64)?;
         let shown = file.path.escape_ascii();
+        self.room.data(self.upper.as_fd(), bytes.len() as u64)?;
         let mut done = 0;
         while done < bytes.len() {
             match nix::sys::uio::pwrite(&file.fd, &bytes[done..], (offset + done as u64) as libc::off_t) {

@@ -11,6 +11,7 @@ use crate::container::{self, Run};
 use crate::moves;
 use crate::requirements::{self, Needs};
 use crate::traffic;
+use crate::trouble::Configured;
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
@@ -146,8 +147,14 @@ fn checkpoint_restore(bed: &Bed) -> Result<()> {
     tidy(bed)
 }
 
+/// The nodes' policies name the file that names crun.
+fn allow(bed: &Bed, node: Node) -> Result<Configured<'_>> {
+    Configured::new(bed, node, &format!("[policy]\nruntime_configs = [\"{OPTIONS}\"]"))
+}
+
 fn moves_there_and_back(bed: &Bed) -> Result<()> {
     install(bed, "with")?;
+    let _allowed = (allow(bed, Node::A)?, allow(bed, Node::B)?);
     container::pod(bed, Node::A, "m1", "10.77.7.7")?;
     let crun = options(&requirements::runtime());
     let pod = [&crun[..], &["--with-ns", "network:/run/netns/m1"]].concat();
@@ -170,6 +177,7 @@ fn moves_there_and_back(bed: &Bed) -> Result<()> {
 /// A crun of many distributions: the error says what is missing, and the container runs on.
 fn without_criu(bed: &Bed) -> Result<()> {
     install(bed, "without")?;
+    let _allowed = allow(bed, Node::B)?;
     let crun = options(&requirements::runtime());
     container::pod(bed, Node::A, "m1", "10.77.7.8")?;
     let pod = [&crun[..], &["--null-io", "--with-ns", "network:/run/netns/m1"]].concat();

@@ -48,6 +48,7 @@ mod trouble_deaths;
 mod trouble_dump;
 mod trouble_files;
 mod trouble_peers;
+mod trouble_policy;
 mod trouble_refused;
 
 use crate::Scenario;
@@ -103,6 +104,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         trouble_dump::ALL,
         trouble_files::ALL,
         trouble_peers::ALL,
+        trouble_policy::ALL,
         trouble_refused::ALL,
     ]
     .into_iter()

@@ -7,6 +7,7 @@ use crate::bed::{Bed, Node};
 use crate::container::{self, Run};
 use crate::moves;
 use crate::requirements::Needs;
+use crate::trouble::Configured;
 
 /// The scenarios of this file.
 pub const ALL: &[Scenario] =
@@ -23,6 +24,8 @@ fn brings_the_image(bed: &Bed) -> Result<()> {
     let (all, before) = (digests(Node::A)?, digests(Node::B)?);
     ensure!(before.len() + 3 <= all.len(), "node b still has the blobs: {before:?}");
     let listed = |node| bed.ok(node, &["ctr", "images", "ls", &format!("name=={IMAGE}")]);
+    // without that it would have the digest behind its name
+    let _allowed = Configured::new(bed, Node::B, "[policy]\nimage_names = [\"localhost/*\"]")?;
     Run::new(bed, "m1", "probe").options(&["--null-io"]).args(&["ts-probe", "sleep"]).start(Node::A)?;
     let report = moves::migrate(bed, "m1", Node::A, Node::B)?;
     ensure!(report["blob_bytes"].as_u64().is_some_and(|n| n > 1_000_000), "{report}");

@@ -1,0 +1,329 @@
+//! Tasks: `inventory.img`, `pstree.img`, `ids-*.img`, `core-*.img`, `userns-*.img`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Caps, Subject, image};
+use crate::policy::config::Required;
+use crate::policy::model::{IdMapping, Spec};
+
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
+const PSTREE_MAGIC: u32 = 0x5027_3030;
+const IDS_MAGIC: u32 = 0x5443_2030;
+const CORE_MAGIC: u32 = 0x5505_3847;
+const USERNS_MAGIC: u32 = 0x5547_4906;
+
+/// Where a security module shows that it is there.
+const APPARMOR: &str = "/sys/kernel/security/apparmor";
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Inventory {
+    #[prost(message, optional, tag = "3")]
+    pub root_ids: Option<Ids>,
+}
+
+/// `task_kobj_ids_entry`.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Ids {
+    #[prost(uint32, optional, tag = "5")]
+    pub pid: Option<u32>,
+    #[prost(uint32, optional, tag = "6")]
+    pub net: Option<u32>,
+    #[prost(uint32, optional, tag = "7")]
+    pub ipc: Option<u32>,
+    #[prost(uint32, optional, tag = "8")]
+    pub uts: Option<u32>,
+    #[prost(uint32, optional, tag = "9")]
+    pub mnt: Option<u32>,
+    #[prost(uint32, optional, tag = "10")]
+    pub user: Option<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Process {
+    #[prost(uint32, required, tag = "1")]
+    pub pid: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub ppid: u32,
+}
+
+/// `core_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Core {
+    #[prost(message, optional, tag = "3")]
+    pub task: Option<Task>,
+    #[prost(message, optional, tag = "4")]
+    pub ids: Option<Ids>,
+    #[prost(message, optional, tag = "5")]
+    pub thread: Option<Thread>,
+}
+
+/// `task_core_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Task {
+    #[prost(uint32, required, tag = "1")]
+    pub state: u32,
+    #[prost(uint32, optional, tag = "11")]
+    pub old_seccomp_mode: Option<u32>,
+    #[prost(int32, optional, tag = "14")]
+    pub oom_score_adj: Option<i32>,
+}
+
+/// `thread_core_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Thread {
+    #[prost(uint32, optional, tag = "4")]
+    pub sched_policy: Option<u32>,
+    #[prost(message, optional, tag = "10")]
+    pub creds: Option<Creds>,
+    #[prost(uint32, optional, tag = "11")]
+    pub seccomp_mode: Option<u32>,
+}
+
+/// `creds_entry`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Creds {
+    #[prost(uint32, repeated, tag = "9")]
+    pub inheritable: Vec<u32>,
+    #[prost(uint32, repeated, tag = "10")]
+    pub permitted: Vec<u32>,
+    #[prost(uint32, repeated, tag = "11")]
+    pub effective: Vec<u32>,
+    #[prost(uint32, repeated, tag = "12")]
+    pub bounding: Vec<u32>,
+    #[prost(string, optional, tag = "15")]
+    pub lsm_profile: Option<String>,
+    #[prost(string, optional, tag = "16")]
+    pub lsm_sockcreate: Option<String>,
+    #[prost(bytes = "vec", optional, tag = "17")]
+    pub apparmor_data: Option<Vec<u8>>,
+    #[prost(uint32, optional, tag = "18")]
+    pub no_new_privs: Option<u32>,
+    #[prost(uint32, repeated, tag = "19")]
+    pub ambient: Vec<u32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct UserNamespace {
+    #[prost(message, repeated, tag = "1")]
+    pub uids: Vec<Extent>,
+    #[prost(message, repeated, tag = "2")]
+    pub gids: Vec<Extent>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Extent {
+    #[prost(uint32, required, tag = "1")]
+    pub first: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub lower_first: u32,
+    #[prost(uint32, required, tag = "3")]
+    pub count: u32,
+}
+
+// compel's states of a task
+const ALIVE: u32 = 1;
+const STOPPED: u32 = 3;
+/// `SECCOMP_MODE_FILTER`
+const FILTER: u32 = 2;
+
+/// What is demanded of every task.
+struct Demands<'a> {
+    subject: &'a Subject<'a>,
+    spec: &'a Spec,
+    caps: Caps,
+    /// CRIU's own namespaces.
+    outside: Ids,
+    /// The lowest `oom_score_adj`.
+    oom: i64,
+}
+
+pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
+    let images = subject.images;
+    let inventory: Vec<Inventory> = one(&images.join("inventory.img"), INVENTORY_MAGIC)?;
+    let outside = inventory.first().and_then(|i| i.root_ids).context("inventory.img names no namespaces")?;
+    ensure!(inventory.len() == 1, "inventory.img has {} entries", inventory.len());
+    let tree: Vec<Process> = one(&images.join("pstree.img"), PSTREE_MAGIC)?;
+    let roots: Vec<_> = tree.iter().filter(|p| p.ppid == 0).collect();
+    // CRIU makes a pid namespace for a process 1 alone
+    ensure!(
+        matches!(roots[..], [first] if first.pid == 1 && first == &tree[0]),
+        "the checkpoint's first process is not process 1 of a pid namespace of its own"
+    );
+    let asked = spec.process.as_ref().and_then(|p| p.oom_score_adj);
+    // without any wish of the spec's it is what this process would hand down
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|t| t.trim().parse().ok());
+    let oom = [Some(subject.policy.min_oom_score_adj), asked, own].into_iter().flatten().min().unwrap_or(0);
+    let demands = Demands { subject, spec, caps, outside, oom };
+    for process in &tree {
+        let ids: Vec<Ids> =
+            image::read(&images.join(format!("ids-{}.img", process.pid)), IDS_MAGIC)?.unwrap_or_default();
+        let core = images.join(format!("core-{}.img", process.pid));
+        ensure!(core.exists(), "the checkpoint has no core-{}.img", process.pid);
+        ensure!(
+            process.pid != 1 || !ids.is_empty(),
+            "the checkpoint does not say in which namespaces process 1 is"
+        );
+        for ids in &ids {
+            demands.namespaces(ids).with_context(|| format!("process {}", process.pid))?;
+        }
+    }
+    // also those that are in nobody's tree
+    for (number, path) in image::all(images, "ids-")? {
+        for ids in one::<Ids>(&path, IDS_MAGIC)? {
+            demands.namespaces(&ids).with_context(|| format!("process {number}"))?;
+        }
+    }
+    for (number, path) in image::all(images, "core-")? {
+        for core in one::<Core>(&path, CORE_MAGIC)? {
+            demands.core(&core).with_context(|| format!("process or thread {number} of the checkpoint"))?;
+        }
+    }
+    user_namespace(images, spec)
+}
+
+fn one<M: prost::Message + Default>(path: &Path, magic: u32) -> Result<Vec<M>> {
+    image::read(path, magic)?.with_context(|| format!("{} is missing", path.display()))
+}
+
+impl Demands<'_> {
+    fn namespaces(&self, ids: &Ids) -> Result<()> {
+        let out = &self.outside;
+        for (what, inside, outside) in [
+            ("mount", ids.mnt, out.mnt),
+            ("pid", ids.pid, out.pid),
+            ("ipc", ids.ipc, out.ipc),
+            ("uts", ids.uts, out.uts),
+        ] {
+            let has =
+                self.spec.linux.iter().flat_map(|l| l.namespaces.iter().flatten()).any(|n| n.kind == what);
+            let own = inside.unwrap_or(0) != outside.unwrap_or(0) && inside.unwrap_or(0) != 0;
+            ensure!(own || !has, "it would be in this node's {what} namespace");
+        }
+        let net = ids.net.unwrap_or(0) != 0 && ids.net != out.net;
+        ensure!(net || self.subject.in_netns, "it would be in this node's network namespace");
+        let user = ids.user.unwrap_or(0) != out.user.unwrap_or(0);
+        ensure!(
+            user == has_user(self.spec),
+            "it is {} a user namespace of its own, which is not what the spec says",
+            if user { "in" } else { "not in" }
+        );
+        Ok(())
+    }
+
+    fn core(&self, core: &Core) -> Result<()> {
+        if let Some(ids) = &core.ids {
+            self.namespaces(ids)?;
+        }
+        if let Some(adjust) = core.task.as_ref().and_then(|t| t.oom_score_adj).map(i64::from)
+            && adjust < self.oom
+        {
+            bail!(
+                "it is spared when memory runs out (oom_score_adj {adjust}); {}",
+                allowed_by("min_oom_score_adj")
+            );
+        }
+        let Some(thread) = &core.thread else {
+            let state = core.task.as_ref().map_or(ALIVE, |t| t.state);
+            ensure!(!matches!(state, ALIVE | STOPPED), "nothing is said of what it may do");
+            return Ok(());
+        };
+        self.thread(thread, core.task.as_ref())
+    }
+
+    fn thread(&self, thread: &Thread, task: Option<&Task>) -> Result<()> {
+        let policy = self.subject.policy;
+        let creds = match (&thread.creds, task) {
+            (Some(creds), _) => creds,
+            // what has ended needs none
+            (None, Some(task)) if !matches!(task.state, ALIVE | STOPPED) => return Ok(()),
+            _ => bail!("nothing is said of what it may do"),
+        };
+        for (set, words) in [
+            ("bounding", &creds.bounding),
+            ("permitted", &creds.permitted),
+            ("effective", &creds.effective),
+            ("inheritable", &creds.inheritable),
+            ("ambient", &creds.ambient),
+        ] {
+            ensure!(words.len() <= 2, "{} words of capabilities", words.len());
+            let mask = words.iter().rev().fold(0u64, |mask, word| mask << 32 | u64::from(*word));
+            let more = self.caps.missing(mask);
+            ensure!(
+                more.is_empty(),
+                "it has {} ({set}), which the container's spec does not give it",
+                more.join(", ")
+            );
+        }
+        let process = self.spec.process.as_ref();
+        if policy.requires(Required::NoNewPrivileges) {
+            ensure!(
+                creds.no_new_privs == Some(1),
+                "it may gain privileges by setuid programs; {}",
+                allowed_by("require")
+            );
+        }
+        let filtered = self.spec.linux.as_ref().is_some_and(|l| l.seccomp.is_some());
+        let mode = thread.seccomp_mode.or(task.and_then(|t| t.old_seccomp_mode));
+        ensure!(!filtered || mode == Some(FILTER), "it has no seccomp filter, which the spec has");
+        ensure!(creds.apparmor_data.is_none(), "it brings a policy of AppArmor");
+        let profile =
+            process.and_then(|p| p.apparmor_profile.as_deref()).filter(|p| !matches!(*p, "" | "unconfined"));
+        if let Some(profile) = profile.filter(|_| Path::new(APPARMOR).exists()) {
+            let is = creds.lsm_profile.as_deref().unwrap_or_default();
+            ensure!(is == profile, "it has the AppArmor profile {is:?}, the spec {profile:?}");
+        }
+        if let Some(label) = process.and_then(|p| p.selinux_label.as_deref()).filter(|l| !l.is_empty()) {
+            let is = creds.lsm_profile.as_deref().unwrap_or_default();
+            ensure!(is == label, "it has the SELinux label {is:?}, the spec {label:?}");
+            let sockets = creds.lsm_sockcreate.as_deref().unwrap_or_default();
+            ensure!(
+                sockets.is_empty() || sockets == label,
+                "it makes sockets with the SELinux label {sockets:?}"
+            );
+        }
+        // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE
+        let fair = matches!(thread.sched_policy.unwrap_or(0), 0 | 3 | 5);
+        ensure!(
+            fair || policy.realtime || self.caps.has("CAP_SYS_NICE"),
+            "it is scheduled before others; {}",
+            allowed_by("realtime")
+        );
+        Ok(())
+    }
+}
+
+/// The end of a sentence.
+pub(super) fn allowed_by(key: &str) -> String {
+    format!("`{key}` in the section [policy] of this node's agent.toml would allow it")
+}
+
+fn has_user(spec: &Spec) -> bool {
+    spec.linux.iter().flat_map(|l| l.namespaces.iter().flatten()).any(|n| n.kind == "user")
+}
+
+fn user_namespace(images: &Path, spec: &Spec) -> Result<()> {
+    let all = image::all(images, "userns-")?;
+    if !has_user(spec) {
+        ensure!(all.is_empty(), "the checkpoint has a user namespace, the spec has none");
+        return Ok(());
+    }
+    let linux = spec.linux.as_ref();
+    for (_, path) in all {
+        for found in one::<UserNamespace>(&path, USERNS_MAGIC)? {
+            let given = |map: Option<&Vec<IdMapping>>| -> Vec<Extent> {
+                let extent =
+                    |m: &IdMapping| Extent { first: m.container_id, lower_first: m.host_id, count: m.size };
+                map.into_iter().flatten().map(extent).collect()
+            };
+            let uids = given(linux.and_then(|l| l.uid_mappings.as_ref()));
+            let gids = given(linux.and_then(|l| l.gid_mappings.as_ref()));
+            ensure!(
+                found.uids == uids && found.gids == gids,
+                "the checkpoint maps IDs otherwise than the spec"
+            );
+        }
+    }
+    Ok(())
+}
