@@ -53,6 +53,15 @@ pub fn extract(dir: &Path, staged: &Path, input: impl Read) -> Result<()> {
             relative.display()
         );
         let path = dir.join(&relative);
+        if header.kind == LINK {
+            let target = self::relative(&header.target)?;
+            ensure!(
+                known.contains(target.parent().unwrap_or(Path::new(""))),
+                "{} is a link to {}, which is in no directory of the archive",
+                relative.display(),
+                target.display()
+            );
+        }
         if header.kind == DIR {
             known.insert(relative);
             if !path.symlink_metadata().is_ok_and(|m| m.is_dir()) {
@@ -134,7 +143,8 @@ fn file(path: &Path, header: &Header, input: &mut impl Read) -> Result<()> {
         Some((pieces, size)) => (pieces.clone(), *size),
         None => (vec![(0, header.size)], header.size),
     };
-    ensure!(pieces.iter().map(|(_, len)| len).sum::<u64>() == header.size, "its pieces are not its size");
+    let sum = pieces.iter().try_fold(0u64, |sum, (_, len)| sum.checked_add(*len));
+    ensure!(sum == Some(header.size), "its pieces are not its size");
     for (at, len) in pieces {
         file.seek(SeekFrom::Start(at))?;
         ensure!(std::io::copy(&mut input.take(len), &mut file)? == len, "the archive ends");
