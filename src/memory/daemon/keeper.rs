@@ -119,8 +119,9 @@ struct Held {
 
 /// The keeper itself: what the executable does when it is started with the keeper's argument, before anything else and without threads.
 pub fn main() -> ExitCode {
-    // SAFETY: nothing of this process uses these numbers yet.
-    unsafe { libc::close_range(1, libc::c_uint::MAX, 0) };
+    // 1 and 2 are /dev/null and stay: what gets the number 2 later would be told of a panic.
+    // SAFETY: nothing of this process uses the numbers from 3 on yet.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
     for s in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGPIPE] {
         // SAFETY: no handler of ours is installed.
         let _ = unsafe { signal(s, SigHandler::SigIgn) };
