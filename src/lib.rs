@@ -30,6 +30,8 @@ pub mod containerd;
 pub mod control;
 pub mod criu;
 pub mod doctor;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod memory;
 pub mod migrate;
 pub mod net;

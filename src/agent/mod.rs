@@ -43,6 +43,8 @@ pub mod config;
 pub mod destination;
 pub mod examine;
 pub mod filling;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod host;
 pub mod layer;
 pub mod leftovers;

@@ -21,6 +21,8 @@ use crate::migrate::tuning::{OnPostCopyFailure, Tuning};
 use crate::net::NetConfig;
 
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod transport;
 
 /// Everything transship keeps while it runs; on a tmpfs.

@@ -10,6 +10,8 @@
 
 pub mod cert;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod peek;
 
 pub use crate::migrate::protocol::{ALPN_CONTROL, ALPN_DATA, migration_of, server_name as migration_name};
