@@ -32,6 +32,8 @@ pub mod containerd;
 pub mod control;
 pub mod criu;
 pub mod doctor;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod journal;
 pub mod memory;
 pub mod migrate;

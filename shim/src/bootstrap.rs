@@ -129,7 +129,7 @@ fn start_options(input: &[u8], flags: &Flags) -> Result<(StartOpts, Protocol)> {
 
 /// The bootstrap message of containerd 2.3 and later. Options of the older protocol decode as one, too, so it has to name the same
 /// container as the flags.
-fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<BootstrapParams>> {
+pub(crate) fn bootstrap_message(input: &[u8], id: &str, namespace: &str) -> Result<Option<BootstrapParams>> {
     let Ok(params) = BootstrapParams::parse_from_bytes(input) else { return Ok(None) };
     if params.instance_id == id && params.namespace == namespace && !input.is_empty() {
         return Ok(Some(params));
@@ -200,7 +200,8 @@ fn spawn_server(opts: &StartOpts, listener: &UnixListener) -> Result<()> {
     command.env("TTRPC_ADDRESS", &opts.ttrpc_address);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     let fd = listener.as_raw_fd();
-    // SAFETY: dup2 and fcntl are async-signal-safe; `listener` outlives the spawn.
+    // SAFETY: dup2 and fcntl are async-signal-safe; `listener` outlives the spawn. The number 3 is the listener's, or was taken when it was
+    // opened: it is none of the standard library's own pipes for this spawn.
     unsafe {
         command.pre_exec(move || {
             // dup2 onto itself would leave the close-on-exec flag as it is.

@@ -51,7 +51,7 @@ pub fn keep(bundle: &Path, id: &str, work: &Path) {
 
 /// The folder in which CRI keeps a container, told by a file of the sandbox's that it mounts into each: `ROOT/sandboxes/SANDBOX/hostname`
 /// lies beside `ROOT/containers/ID`. The container's `status` is there; the sandbox's other folder, below /run, has none.
-fn home(config: &[u8], id: &str) -> Option<PathBuf> {
+pub(crate) fn home(config: &[u8], id: &str) -> Option<PathBuf> {
     let spec: Spec = serde_json::from_slice(config).ok()?;
     if spec.annotations.get(KIND.0)? != KIND.1 {
         return None;

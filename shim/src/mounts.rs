@@ -69,7 +69,7 @@ fn mount_one(m: &Mount, rootfs: &Path) -> Result<()> {
 }
 
 /// `target` below `rootfs`, with no way out by `..`.
-fn inside(rootfs: &Path, target: &str) -> Result<PathBuf> {
+pub(crate) fn inside(rootfs: &Path, target: &str) -> Result<PathBuf> {
     let mut path = rootfs.to_path_buf();
     for part in Path::new(target).components() {
         match part {

@@ -146,19 +146,28 @@ fn generic_options(bytes: &[u8]) -> TaskResult<RuncOptions> {
     };
     read().map_err(|e| bad("runtime options", e))?;
     if !path.is_empty() {
-        let size = fs::metadata(&path).map_err(|e| bad(&path, e))?.len();
-        if size > CONFIG_LIMIT {
-            return Err(TaskError::invalid_argument(format!("{path}: too long for options ({size} bytes)")));
-        }
-        body = fs::read(&path).map_err(|e| bad(&path, e))?;
+        body = config_file(&path)?;
     }
     let text = String::from_utf8(body).map_err(|e| bad("runtime options", e))?;
     from_toml(&text)
 }
 
+/// A file of options. Anything but a plain file (a device, a pipe) would never end.
+fn config_file(path: &str) -> TaskResult<Vec<u8>> {
+    let meta = fs::metadata(path).map_err(|e| bad(path, e))?;
+    if !meta.is_file() {
+        return Err(TaskError::invalid_argument(format!("{path}: no file")));
+    }
+    if meta.len() > CONFIG_LIMIT {
+        let size = meta.len();
+        return Err(TaskError::invalid_argument(format!("{path}: too long for options ({size} bytes)")));
+    }
+    fs::read(path).map_err(|e| bad(path, e))
+}
+
 /// The table that containerd's config has under `runtimes.NAME.options`, keys as in the Go struct (CRI's spelling) or as in the
 /// proto. Keys that are not known are ignored, as containerd does.
-fn from_toml(text: &str) -> TaskResult<RuncOptions> {
+pub(crate) fn from_toml(text: &str) -> TaskResult<RuncOptions> {
     #[derive(Deserialize, Default)]
     #[serde(default, rename_all = "PascalCase")]
     struct Table {
@@ -281,6 +290,12 @@ mod tests {
         let args = checkpoint_args(Some(&a), Path::new("/img"), Path::new("/work")).unwrap();
         assert!(!args.leave_running);
         assert_eq!((args.work_dir.as_path(), args.parent_path.as_deref()), (Path::new("/w"), Some("../p")));
+    }
+
+    #[test]
+    fn what_would_never_end_is_not_read() {
+        let e = runtime_options(Some(&any("runtimeoptions.v1.Options", field(2, b"/dev/zero")))).unwrap_err();
+        assert!(e.to_string().contains("no file"), "{e}");
     }
 
     #[test]

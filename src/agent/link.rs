@@ -209,7 +209,7 @@ async fn write_all(mut to: impl AsyncWrite + Unpin, mut frames: mpsc::Receiver<F
     let _ = to.shutdown().await;
 }
 
-async fn write(to: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
+pub(super) async fn write(to: &mut (impl AsyncWrite + Unpin), frame: &Frame) -> io::Result<()> {
     let json;
     let payload = match frame {
         Frame::Message(message) => {
@@ -249,7 +249,7 @@ async fn read_all(
 }
 
 /// `None` at a clean end between two frames.
-async fn read(
+pub(super) async fn read(
     from: &mut (impl AsyncRead + Unpin),
     silence: Duration,
     most: &AtomicUsize,

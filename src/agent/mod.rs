@@ -53,6 +53,8 @@ pub mod destination;
 pub mod draft;
 pub mod examine;
 pub mod filling;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod host;
 pub mod layer;
 pub mod leftovers;

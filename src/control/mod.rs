@@ -24,6 +24,8 @@ use crate::net::NetConfig;
 use crate::policy::Policy;
 
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod transport;
 
 /// Everything transship keeps while it runs; on a tmpfs.

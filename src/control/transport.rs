@@ -18,6 +18,8 @@ use zeroize::Zeroizing;
 const MAX: usize = 16 << 20;
 /// The most descriptors that one message carries.
 const MAX_FDS: usize = 4;
+/// The most that the kernel passes with one (SCM_MAX_FD). With less room than that what did fit would be lost, and stay open.
+const MOST_FDS: usize = 253;
 
 /// Sends a message and the descriptors that belong to it.
 pub fn send<M: Serialize>(to: &UnixStream, message: &M, fds: &[BorrowedFd]) -> Result<()> {
@@ -45,7 +47,7 @@ pub fn send<M: Serialize>(to: &UnixStream, message: &M, fds: &[BorrowedFd]) -> R
 pub fn recv<M: DeserializeOwned>(from: &UnixStream) -> Result<Option<(M, Vec<OwnedFd>)>> {
     let (mut head, mut got, mut fds) = ([0u8; 4], 0, Vec::new());
     while got < head.len() {
-        let mut space = nix::cmsg_space!([i32; MAX_FDS]);
+        let mut space = nix::cmsg_space!([i32; MOST_FDS]);
         let mut into = [IoSliceMut::new(&mut head[got..])];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = match recvmsg::<()>(from.as_raw_fd(), &mut into, Some(&mut space), flags) {
@@ -63,6 +65,9 @@ pub fn recv<M: DeserializeOwned>(from: &UnixStream) -> Result<Option<(M, Vec<Own
             0 => bail!("the control connection ended inside a message"),
             n => got += n,
         }
+    }
+    if fds.len() > MAX_FDS {
+        bail!("a control message with {} descriptors, at most {MAX_FDS} are allowed", fds.len());
     }
     let len = u32::from_le_bytes(head) as usize;
     if len > MAX {
@@ -94,6 +99,20 @@ mod tests {
         r.read_to_string(&mut said).unwrap();
         assert_eq!(said, "hi");
         assert!(recv::<String>(&b).unwrap().is_none());
+    }
+
+    #[test]
+    fn too_many_descriptors_are_refused_and_closed() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (mut r, w) = std::io::pipe().unwrap();
+        let raw = vec![w.as_raw_fd(); 9];
+        let bytes = [IoSlice::new(&[2, 0, 0, 0, b'"', b'"'])];
+        sendmsg::<()>(a.as_raw_fd(), &bytes, &[ControlMessage::ScmRights(&raw)], MsgFlags::empty(), None)
+            .unwrap();
+        assert!(recv::<String>(&b).unwrap_err().to_string().contains("9 descriptors"));
+        drop(w);
+        // with a copy of the other end left open this would wait for ever
+        assert_eq!(r.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

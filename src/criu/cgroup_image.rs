@@ -31,7 +31,7 @@ struct Cgroup {
 }
 
 /// Takes all paths out of a `cgroup.img`.
-fn without_paths(image: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn without_paths(image: &[u8]) -> Result<Vec<u8>> {
     let head = [IMG_COMMON_MAGIC.to_le_bytes(), CGROUP_MAGIC.to_le_bytes()].concat();
     let rest = image.strip_prefix(&head[..]).context("not an image of cgroups")?;
     let (len, rest) = rest.split_first_chunk::<4>().context("an image of cgroups without content")?;

@@ -40,7 +40,7 @@ pub fn possible(pids: impl IntoIterator<Item = i32>) -> bool {
 }
 
 /// What a thread's `status` says of seccomp: 0 for none (proc_pid_status(5)). Kernels without it have no such line.
-fn is_filtered(status: &str) -> bool {
+pub(super) fn is_filtered(status: &str) -> bool {
     status.lines().find_map(|l| l.strip_prefix("Seccomp:")).is_some_and(|mode| mode.trim() != "0")
 }
 

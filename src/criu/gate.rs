@@ -164,7 +164,12 @@ fn is_restore() -> Result<bool> {
     let (true, Some(fd)) = (verb == "swrk", fd) else { return Ok(false) };
     let mut head = [0; 2];
     let n = recv(fd, &mut head, MsgFlags::MSG_PEEK).context("looking at runc's request")?;
-    Ok(n == 2 && head == [0x08, super::rpc::ReqType::Restore as u8])
+    Ok(asks_restore(&head[..n]))
+}
+
+/// So a request begins; see [`is_restore`].
+pub(super) fn asks_restore(head: &[u8]) -> bool {
+    head == [0x08, super::rpc::ReqType::Restore as u8]
 }
 
 fn action(dir: &Path) -> Result<ExitCode> {

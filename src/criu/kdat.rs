@@ -73,7 +73,7 @@ impl Kdat {
 }
 
 /// Is this the structure that we know, and does it say what CRIU itself says?
-fn check(bytes: &[u8], soft_dirty: bool) -> Result<()> {
+pub(super) fn check(bytes: &[u8], soft_dirty: bool) -> Result<()> {
     ensure!(SIZE.contains(&bytes.len()), "CRIU's kerndat has {} bytes", bytes.len());
     let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
     let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));

@@ -87,7 +87,7 @@ impl Mappings {
         Self::decode(&bytes).with_context(|| format!("reading {}", path.display()))
     }
 
-    fn decode(image: &[u8]) -> Result<Self> {
+    pub(super) fn decode(image: &[u8]) -> Result<Self> {
         let head = [IMG_COMMON_MAGIC.to_le_bytes(), MM_MAGIC.to_le_bytes()].concat();
         let rest = image.strip_prefix(&head[..]).context("not an image of mappings")?;
         let (len, rest) = rest.split_first_chunk::<4>().context("half a length")?;

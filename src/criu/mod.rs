@@ -23,6 +23,8 @@
 mod cgroup_image;
 pub mod conceal;
 pub mod dump;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gate;
 pub mod gate_server;
 pub mod images;

@@ -55,7 +55,7 @@ struct Timerfd {
 }
 
 /// The image with every expired timer due; `None` when there is none.
-fn rearmed(image: &[u8]) -> Result<Option<Vec<u8>>> {
+pub(super) fn rearmed(image: &[u8]) -> Result<Option<Vec<u8>>> {
     let head = [IMG_COMMON_MAGIC.to_le_bytes(), FILES_MAGIC.to_le_bytes()].concat();
     let mut rest = image.strip_prefix(&head[..]).context("not an image of files")?;
     let (mut out, mut changed) = (head, false);

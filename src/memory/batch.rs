@@ -117,7 +117,13 @@ impl Builder {
         self.payload.extend_from_slice(bytes);
         match self.runs.last_mut() {
             // neighbours join: the data of both stands together, too
-            Some(last) if last.kind == run.kind && last.vaddr + last.len == run.vaddr => last.len += run.len,
+            Some(last)
+                if last.kind == run.kind
+                    && last.vaddr + last.len == run.vaddr
+                    && last.len + run.len <= MAX_LEN =>
+            {
+                last.len += run.len;
+            }
             _ => self.runs.push(run),
         }
     }
@@ -333,6 +339,22 @@ mod tests {
             .filter_map(|n| builder.push(Chunk::Zero { vaddr: n * 2 * page, len: page }));
         assert_eq!(many.count(), 3);
         assert!(builder.finish().is_none());
+    }
+
+    #[test]
+    fn neighbours_that_are_too_long_together_stay_apart() {
+        let mut builder = Builder::new(SPACE, MAX_BATCH);
+        let half = 1 << 55;
+        for at in [0, half, 2 * half] {
+            assert_eq!(builder.push(Chunk::Zero { vaddr: at, len: half }), None);
+        }
+        let (payload, mut scratch) = (builder.finish().unwrap(), Vec::new());
+        let batch = decode(&payload, &mut scratch).unwrap();
+        let zeros = batch.chunks().map(|c| match c {
+            Chunk::Zero { len, .. } => len,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(zeros.sum::<u64>(), 3 * half);
     }
 
     #[test]

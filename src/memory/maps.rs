@@ -35,7 +35,7 @@ pub fn mappings(pid: i32) -> Result<Vec<Mapping>> {
     parse(&String::from_utf8_lossy(&bytes)).with_context(|| format!("a line of {path}"))
 }
 
-fn parse(text: &str) -> Result<Vec<Mapping>> {
+pub(super) fn parse(text: &str) -> Result<Vec<Mapping>> {
     text.lines().map(|l| line(l).with_context(|| format!("not a mapping: {l:?}"))).collect()
 }
 

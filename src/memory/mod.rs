@@ -22,6 +22,8 @@ pub mod batch;
 pub mod compress;
 pub mod converge;
 pub mod daemon;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod inject;
 pub mod maps;
 pub mod range;

@@ -32,6 +32,12 @@ struct Held {
     zero: RangeSet,
 }
 
+/// So many separate ranges may be said about memory of at most `cap` bytes: as many as it has pages, within reason. They take memory, too,
+/// and whoever names them need not have any.
+pub fn ranges_cap(cap: u64) -> usize {
+    (cap / page_size() as u64).clamp(1 << 16, 1 << 26) as usize
+}
+
 /// Pages of many spaces, in memory.
 pub struct Store {
     cap: u64,
@@ -110,6 +116,8 @@ impl Store {
         self.open(space)?;
         self.punch(space, &range)?;
         self.open(space)?.zero.insert(range);
+        let ranges: usize = self.spaces.values().map(|held| held.zero.len()).sum();
+        ensure!(ranges <= ranges_cap(self.cap), "zero pages in {ranges} separate places");
         Ok(())
     }
 
@@ -305,6 +313,17 @@ mod tests {
         s.put(B, P, &pages(1, 2)).unwrap();
         s.drop_space(B);
         assert_eq!((s.bytes(), s.spaces().collect::<Vec<_>>()), (P, vec![A]));
+    }
+
+    #[test]
+    fn zeros_in_very_many_places_are_refused() {
+        let mut store = Store::new(1 << 20).unwrap();
+        let page = page_size() as u64;
+        let most = ranges_cap(1 << 20) as u64;
+        for n in 0..most {
+            store.zero(A, 2 * n * page, page).unwrap();
+        }
+        assert!(store.zero(A, 2 * most * page, page).unwrap_err().to_string().contains("separate places"));
     }
 
     #[test]

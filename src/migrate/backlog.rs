@@ -29,7 +29,7 @@ pub(super) fn send(backlog: &Backlog, link: &Link) -> Result<u64> {
 }
 
 /// Packets as payloads.
-fn encode(packets: &[Packet]) -> Vec<Vec<u8>> {
+pub(super) fn encode(packets: &[Packet]) -> Vec<Vec<u8>> {
     let mut payloads: Vec<Vec<u8>> = Vec::new();
     for packet in packets {
         let (name, frame, o) = (packet.link.as_bytes(), &packet.frame, packet.offload);

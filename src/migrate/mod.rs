@@ -72,6 +72,8 @@ mod copier;
 pub mod destination;
 pub mod fault;
 pub mod filling;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod layers;
 mod link;
 mod live;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
@@ -195,7 +195,8 @@ fn take_wants(cx: &Context<'_>, left: &mut Remains, wanted: &mut u64) -> Result<
 /// Waits so long, or until the destination has said something.
 fn wait_for_wants(cx: &Context<'_>, rest: Duration) -> Result<()> {
     let fd = cx.link.wire().fd();
-    // SAFETY: the connection is open as long as the context lives.
+    ensure!(fd >= 0, "a post-copy to something that is no connection");
+    // SAFETY: a descriptor's number, and the connection is open as long as the context lives.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     match ppoll(&mut fds, Some(TimeSpec::from(rest.min(SAMPLE))), None) {

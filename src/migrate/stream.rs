@@ -29,7 +29,7 @@ use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{ImageKind, PageEvent, PageStore};
 use crate::memory::read::Chunk;
 use crate::memory::sets::decode_ranges;
-use crate::memory::store::Store;
+use crate::memory::store::{Store, ranges_cap};
 use crate::memory::{RangeSet, Space, batch};
 use crate::rootfs::{self, Apply, CaptureOptions, Entry, Sink, WritableLayer};
 
@@ -250,6 +250,8 @@ struct LiveMemory {
     planner: Planner,
     remote: BTreeMap<Space, RangeSet>,
     hot: BTreeMap<Space, RangeSet>,
+    /// So many more ranges may come for both.
+    ranges_left: usize,
     scratch: Vec<u8>,
     stage: Stage,
 }
@@ -299,6 +301,7 @@ impl Receiver {
             planner: Planner::new(images, EAGER).cap(memory_cap),
             remote: BTreeMap::new(),
             hot: BTreeMap::new(),
+            ranges_left: 2 * ranges_cap(memory_cap),
             scratch: Vec::new(),
             stage: Stage::create(images, memory_cap)?,
         };
@@ -405,6 +408,9 @@ impl Receiver {
                 let memory = self.live_memory()?;
                 let set = if kind == Kind::HotPages { &mut memory.hot } else { &mut memory.remote };
                 let (space, ranges) = decode_ranges(payload)?;
+                let left = memory.ranges_left.checked_sub(ranges.len());
+                memory.ranges_left =
+                    left.context("the source names more ranges of pages than it may have pages")?;
                 let all = set.entry(space).or_default();
                 // frames follow in ascending order: this only appends
                 ranges.iter().for_each(|range| all.insert(range));

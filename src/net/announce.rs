@@ -64,7 +64,7 @@ pub fn announce(netns: BorrowedFd<'_>, config: &NetConfig) -> Result<()> {
 }
 
 /// What a link has to say.
-fn frames(config: &NetConfig, name: &str) -> Vec<Vec<u8>> {
+pub(super) fn frames(config: &NetConfig, name: &str) -> Vec<Vec<u8>> {
     let Some(link) = config.links.iter().find(|l| l.name == name) else { return Vec::new() };
     let Some(mac) = link.mac.filter(|_| link.up && link.flags & libc::IFF_NOARP as u32 == 0) else {
         return Vec::new();

@@ -64,7 +64,7 @@ impl Offload {
         out
     }
 
-    fn from_bytes(raw: &[u8]) -> Offload {
+    pub(super) fn from_bytes(raw: &[u8]) -> Offload {
         let word = |n: usize| u16::from_ne_bytes([raw[2 + 2 * n], raw[3 + 2 * n]]);
         // "the checksum was valid" (2) is for whoever receives
         Offload {

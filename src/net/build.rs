@@ -62,7 +62,7 @@ pub fn build(config: &NetConfig, path: &Path, attach: &Attach) -> Result<()> {
 }
 
 /// Sysctl keys become paths.
-fn check_keys(config: &NetConfig) -> Result<()> {
+pub(super) fn check_keys(config: &NetConfig) -> Result<()> {
     for key in config.sysctls.keys().chain(config.inherited_sysctls.keys()) {
         if key.is_empty() || key.split('/').any(|part| matches!(part, "" | "." | "..")) || key.contains('\0')
         {

@@ -87,7 +87,7 @@ fn read_links(socket: &mut Netlink, born: &BTreeSet<String>) -> Result<(Vec<Link
 }
 
 /// A link from `struct ifinfomsg` and its attributes.
-fn link(body: &[u8], names: &Names) -> Result<Link> {
+pub(super) fn link(body: &[u8], names: &Names) -> Result<Link> {
     let attrs = &body[16..];
     let (index, flags) = (u32_of(&body[4..8]), u32_of(&body[8..12]));
     let number = |kind| find(attrs, kind).map(u32_of).unwrap_or(0);
@@ -154,7 +154,7 @@ fn link(body: &[u8], names: &Names) -> Result<Link> {
     Ok(link)
 }
 
-fn ip(value: &[u8]) -> Option<IpAddr> {
+pub(super) fn ip(value: &[u8]) -> Option<IpAddr> {
     match value.len() {
         4 => <[u8; 4]>::try_from(value).ok().map(IpAddr::from),
         16 => <[u8; 16]>::try_from(value).ok().map(IpAddr::from),
@@ -244,7 +244,7 @@ const ONLINK: u32 = 4;
 const CLONED: u32 = 0x200;
 
 /// A route from `struct rtmsg` { family, dst_len, src_len, tos, table, protocol, scope, type, u32 flags }.
-fn route(body: &[u8], names: &Names) -> Option<Route> {
+pub(super) fn route(body: &[u8], names: &Names) -> Option<Route> {
     let flags = u32_of(&body[8..12]);
     if flags & CLONED != 0 {
         return None;
@@ -306,7 +306,7 @@ fn hops(mut bytes: &[u8], names: &Names) -> Vec<Hop> {
 const RULE_INVERT: u32 = 2;
 
 /// A rule from `struct fib_rule_hdr` { family, dst_len, src_len, tos, table, res1, res2, action, u32 flags }.
-fn rule(body: &[u8]) -> Option<Rule> {
+pub(super) fn rule(body: &[u8]) -> Option<Rule> {
     const FRA_TABLE: u16 = 15;
     let attrs = &body[12..];
     let mut rest: Vec<Attr> =
@@ -325,7 +325,7 @@ fn rule(body: &[u8]) -> Option<Rule> {
 }
 
 /// A neighbour from `struct ndmsg` { family, pad, u16 pad, i32 ifindex, u16 state, u8 flags, u8 type }.
-fn neighbour(body: &[u8], names: &Names) -> Option<Neighbour> {
+pub(super) fn neighbour(body: &[u8], names: &Names) -> Option<Neighbour> {
     let state = u16::from_ne_bytes([body[8], body[9]]);
     let proxy = body[10] & libc::NTF_PROXY != 0;
     if !proxy && state & libc::NUD_PERMANENT == 0 {

@@ -97,7 +97,7 @@ pub fn create(
     result.with_context(|| format!("making link {} of type {}", link.name, link.kind.name()))
 }
 
-fn request(
+pub(super) fn request(
     config: &NetConfig,
     link: &Link,
     end: Option<&NodeEnd<'_>>,

@@ -42,6 +42,8 @@ pub mod build;
 pub mod capture;
 pub mod config;
 pub mod fence;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod kick;
 mod links;
 pub mod netns;

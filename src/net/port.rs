@@ -59,7 +59,7 @@ pub fn links(socket: &mut Netlink) -> Result<Vec<Seen>> {
     Ok(all.iter().filter(|m| m.body.len() >= 16).map(|m| seen(&m.body)).collect())
 }
 
-fn seen(body: &[u8]) -> Seen {
+pub(super) fn seen(body: &[u8]) -> Seen {
     let attrs = &body[16..];
     let number = |kind| wire::find(attrs, kind).map(wire::u32_of).unwrap_or(0);
     let string = |kind| wire::find(attrs, kind).map(wire::text).unwrap_or_default();

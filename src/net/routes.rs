@@ -60,7 +60,7 @@ pub fn remove_extra_addresses(inside: &mut Netlink, config: &NetConfig, made: &M
     Ok(())
 }
 
-fn address(kind: u16, flags: u16, index: u32, a: &Address, link: &str) -> Request {
+pub(super) fn address(kind: u16, flags: u16, index: u32, a: &Address, link: &str) -> Request {
     let is_v6 = a.address.is_ipv6();
     let ifa_flags = a.flags | if is_v6 { IFA_F_NODAD } else { 0 };
     // struct ifaddrmsg: family, prefix length, flags, scope, index.
@@ -98,7 +98,7 @@ pub fn neighbours(inside: &mut Netlink, config: &NetConfig, made: &Made) -> Resu
     Ok(())
 }
 
-fn neighbour(n: &Neighbour, made: &Made) -> Request {
+pub(super) fn neighbour(n: &Neighbour, made: &Made) -> Request {
     // struct ndmsg: family, pad, u16 pad, index, u16 state, flags, type.
     let index = n.dev.as_ref().and_then(|d| made.get(d)).copied().unwrap_or(0);
     let mut body = vec![family(n.address), 0, 0, 0];
@@ -183,7 +183,7 @@ fn name(route: &Route) -> String {
     text + &format!(" table {}", route.table)
 }
 
-fn encode(kind: u16, flags: u16, route: &Route, made: &Made) -> Request {
+pub(super) fn encode(kind: u16, flags: u16, route: &Route, made: &Made) -> Request {
     let table = if route.table < 256 { route.table as u8 } else { 0 };
     let mut body = vec![route.family, route.dst_len, route.src_len, route.tos];
     body.extend_from_slice(&[table, route.protocol, route.scope, route.kind]);
@@ -198,9 +198,12 @@ fn encode(kind: u16, flags: u16, route: &Route, made: &Made) -> Request {
         request.put(attr.kind, &attr.value);
     }
     if !route.hops.is_empty() {
-        let hops: Vec<u8> =
-            route.hops.iter().flat_map(|h| encode_hop(h, index(&h.dev).unwrap_or(0))).collect();
-        request.put(libc::RTA_MULTIPATH, &hops);
+        let hops: Option<Vec<_>> =
+            route.hops.iter().map(|h| encode_hop(h, index(&h.dev).unwrap_or(0))).collect();
+        match hops {
+            Some(hops) => drop(request.put(libc::RTA_MULTIPATH, &hops.concat())),
+            None => request.set_too_long(),
+        }
     }
     if let Some(seconds) = route.expires {
         request.put_u32(libc::RTA_EXPIRES, seconds);
@@ -208,20 +211,20 @@ fn encode(kind: u16, flags: u16, route: &Route, made: &Made) -> Request {
     request
 }
 
-/// `struct rtnexthop` and its attributes.
-fn encode_hop(hop: &Hop, index: u32) -> Vec<u8> {
+/// `struct rtnexthop` and its attributes; none if they are too long for it.
+fn encode_hop(hop: &Hop, index: u32) -> Option<Vec<u8>> {
     let mut attrs = Vec::new();
     for attr in &hop.attrs {
-        attrs.extend_from_slice(&((attr.value.len() + 4) as u16).to_ne_bytes());
+        attrs.extend_from_slice(&u16::try_from(attr.value.len() + 4).ok()?.to_ne_bytes());
         attrs.extend_from_slice(&attr.kind.to_ne_bytes());
         attrs.extend_from_slice(&attr.value);
         attrs.resize(attrs.len().next_multiple_of(4), 0);
     }
-    let mut bytes = ((attrs.len() + 8) as u16).to_ne_bytes().to_vec();
+    let mut bytes = u16::try_from(attrs.len() + 8).ok()?.to_ne_bytes().to_vec();
     bytes.extend_from_slice(&[hop.flags, hop.weight]);
     bytes.extend_from_slice(&index.to_ne_bytes());
     bytes.extend(attrs);
-    bytes
+    Some(bytes)
 }
 
 /// Brings the policy rules to those described.
@@ -242,7 +245,7 @@ pub fn rules(inside: &mut Netlink, config: &NetConfig) -> Result<()> {
     Ok(())
 }
 
-fn encode_rule(kind: u16, flags: u16, rule: &Rule) -> Request {
+pub(super) fn encode_rule(kind: u16, flags: u16, rule: &Rule) -> Request {
     let table = if rule.table < 256 { rule.table as u8 } else { 0 };
     let mut body = vec![rule.family, rule.dst_len, rule.src_len, rule.tos, table, 0, 0, rule.action];
     body.extend_from_slice(&rule.flags.to_ne_bytes());
@@ -293,6 +296,16 @@ mod tests {
         let (missing, extra) = difference(&wanted, &present);
         assert!(missing.is_empty() && extra.is_empty(), "an expiry is not a difference");
         assert_eq!(difference(&[], &present).1.len(), 0, "nothing said, nothing removed");
+    }
+
+    #[test]
+    fn a_hop_that_does_not_fit_is_not_cut() {
+        let hop = |len| Hop { dev: None, flags: 0, weight: 0, attrs: vec![Attr::new(5, &vec![0; len])] };
+        let one = |hop| Route { hops: vec![hop], ..route(254, 3, [10, 0, 0, 0]) };
+        assert!(!encode(libc::RTM_NEWROUTE, 0, &one(hop(4)), &Made::new()).is_too_long());
+        for len in [0xffff - 12, 0xffff, 0x1_0000] {
+            assert!(encode(libc::RTM_NEWROUTE, 0, &one(hop(len)), &Made::new()).is_too_long(), "{len}");
+        }
     }
 
     #[test]

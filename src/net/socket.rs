@@ -6,7 +6,7 @@
 use std::fmt;
 use std::os::fd::AsRawFd;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use netlink_sys::{Socket, SocketAddr};
 
 use super::wire::{self, Message, Request};
@@ -93,6 +93,7 @@ impl Netlink {
 
     /// Sends `request` and waits for its acknowledgement. The error's root is [`Refused`] when the kernel said no.
     pub fn request(&mut self, mut request: Request) -> Result<()> {
+        ensure!(!request.is_too_long(), "a netlink request with more than an attribute can hold");
         let sequence = self.next();
         request.flag(libc::NLM_F_ACK as u16);
         self.socket.send(&request.finish(sequence), 0).context("sending a netlink request")?;

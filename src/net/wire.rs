@@ -13,6 +13,7 @@ const NLA_F_NESTED: u16 = 0x8000;
 #[derive(Clone, Debug)]
 pub struct Request {
     bytes: Vec<u8>,
+    too_long: bool,
 }
 
 impl Request {
@@ -22,7 +23,7 @@ impl Request {
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         bytes[6..8].copy_from_slice(&(flags | libc::NLM_F_REQUEST as u16).to_ne_bytes());
         bytes.extend_from_slice(body);
-        let mut request = Self { bytes };
+        let mut request = Self { bytes, too_long: false };
         request.pad();
         request
     }
@@ -35,7 +36,8 @@ impl Request {
 
     /// Appends an attribute.
     pub fn put(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        self.bytes.extend_from_slice(&((value.len() + 4) as u16).to_ne_bytes());
+        let len = self.length(value.len() + 4);
+        self.bytes.extend_from_slice(&len);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         self.bytes.extend_from_slice(value);
         self.pad();
@@ -70,9 +72,26 @@ impl Request {
         self.bytes.extend_from_slice(&[0, 0]);
         self.bytes.extend_from_slice(&(kind | NLA_F_NESTED).to_ne_bytes());
         fill(self);
-        let len = (self.bytes.len() - start) as u16;
-        self.bytes[start..start + 2].copy_from_slice(&len.to_ne_bytes());
+        let len = self.length(self.bytes.len() - start);
+        self.bytes[start..start + 2].copy_from_slice(&len);
         self
+    }
+
+    /// A length as `struct nlattr` has it.
+    fn length(&mut self, len: usize) -> [u8; 2] {
+        self.too_long |= len > usize::from(u16::MAX);
+        (len as u16).to_ne_bytes()
+    }
+
+    /// Something in it is longer than its 16 bits of length can say: what follows would be taken for something else. Values may come
+    /// from another node, so this is no bug of the caller's; [`super::socket::Netlink`] does not send it.
+    pub fn is_too_long(&self) -> bool {
+        self.too_long
+    }
+
+    /// Notes that a value that was put together elsewhere does not fit.
+    pub fn set_too_long(&mut self) {
+        self.too_long = true;
     }
 
     /// Appends bytes as they are (a fixed structure inside a nest).
@@ -186,6 +205,23 @@ mod tests {
         assert_eq!(find(attrs, 1), Some(&[7u8][..]));
         assert_eq!(text(find(attrs, 3).unwrap()), "eth0");
         assert_eq!(u32_of(find(find(attrs, 18).unwrap(), 2).unwrap()), 9);
+    }
+
+    #[test]
+    fn what_is_too_long_for_an_attribute_is_noticed() {
+        let with = |len: usize| {
+            let mut request = Request::new(16, 0, &[]);
+            request.put(1, &vec![7; len]).put_u32(2, 9);
+            request
+        };
+        assert!(!with(0xffff - 4).is_too_long());
+        assert_eq!(attributes(&split(&with(0xffff - 4).finish(1))[0].body).count(), 2);
+        assert!(with(0xffff - 3).is_too_long());
+        let mut nested = Request::new(16, 0, &[]);
+        nested.nest(1, |m| {
+            m.put(2, &[0; 40_000]).put(3, &[0; 40_000]);
+        });
+        assert!(nested.is_too_long());
     }
 
     #[test]

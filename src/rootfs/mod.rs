@@ -40,6 +40,8 @@ pub mod content;
 pub mod diff;
 mod directory;
 pub mod entry;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod layer;
 mod read;
 pub mod staged;

@@ -110,7 +110,7 @@ fn now() -> Time {
 
 /// The path of a line of /proc/pid/maps, if it is a shared mapping that can be written. One that mprotect(2) makes
 /// writable later faults at its first write, which moves the file's times; one that no longer is was so at the walk before.
-fn shared_writable(line: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn shared_writable(line: &[u8]) -> Option<Vec<u8>> {
     let mut fields = line.splitn(6, |b| *b == b' ');
     let mode = fields.nth(1)?;
     let path = fields.nth(3)?.trim_ascii_start();

@@ -11,6 +11,8 @@
 
 pub mod cert;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod peek;
 pub mod revocation;
 

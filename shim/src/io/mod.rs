@@ -28,7 +28,7 @@ mod logger;
 mod migrate;
 mod process;
 mod pump;
-mod uri;
+pub(crate) mod uri;
 
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,8 @@
 //!
 //! In a migration the content of files may be a reference to what the destination has already ([`staged`]).
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gzip;
 mod header;
 mod read;

@@ -53,6 +53,15 @@ pub fn extract(dir: &Path, staged: &Path, input: impl Read) -> Result<()> {
             relative.display()
         );
         let path = dir.join(&relative);
+        if header.kind == LINK {
+            let target = self::relative(&header.target)?;
+            ensure!(
+                known.contains(target.parent().unwrap_or(Path::new(""))),
+                "{} is a link to {}, which is in no directory of the archive",
+                relative.display(),
+                target.display()
+            );
+        }
         if header.kind == DIR {
             known.insert(relative);
             if !path.symlink_metadata().is_ok_and(|m| m.is_dir()) {

@@ -179,6 +179,38 @@ fn links_lead_to_nothing_outside() {
 }
 
 #[test]
+fn no_link_leads_out_and_no_size_is_too_large() {
+    let top = tempfile::tempdir().unwrap();
+    let root = top.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(top.path().join("secret"), b"x").unwrap();
+    let header = |kind: u8, name: &str, target: &str| header::Header {
+        kind,
+        name: name.into(),
+        target: target.into(),
+        mode: 0o700,
+        ..Default::default()
+    };
+    let dir = header(header::DIR, "./", "");
+    let symlink = header(header::SYMLINK, "./a", "..");
+    let through = header(header::LINK, "./b", "./a/secret");
+    let mut huge = header(header::SPARSE, "./f", "");
+    huge.sparse = Some((vec![(0, u64::MAX), (0, 1)], 1));
+    for (bad, why) in
+        [([&dir, &symlink, &through], "no directory"), ([&dir, &symlink, &huge], "not its size")]
+    {
+        let mut bytes = Vec::new();
+        let mut out = gzip::Stored::new(&mut bytes).unwrap();
+        bad.iter().for_each(|h| out.write_all(&h.encode().unwrap()).unwrap());
+        out.write_all(&[0; 1024]).unwrap();
+        out.finish().unwrap();
+        let e = read::extract(&root, Path::new("/nowhere"), &bytes[..]).unwrap_err();
+        assert!(format!("{e:#}").contains(why), "{e:#}");
+    }
+    assert_eq!(top.path().join("secret").metadata().unwrap().nlink(), 1);
+}
+
+#[test]
 fn only_what_criu_asks_for_is_done_here() {
     let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
     let create = "--create --gzip --no-unquote --no-wildcards --one-file-system --check-links --preserve-permissions --sparse \

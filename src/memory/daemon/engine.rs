@@ -230,8 +230,10 @@ impl Engine {
         self.connection.iter().for_each(|c| add(std::os::fd::AsFd::as_fd(c)));
         self.consumers.iter().for_each(|c| add(c.fd()));
         if let Some(remote) = &self.remote {
-            // SAFETY: the trait's descriptor is open as long as the object lives.
-            add(unsafe { BorrowedFd::borrow_raw(remote.fd()) });
+            let fd = remote.fd();
+            ensure!(fd >= 0, "the rest of the memory comes from nowhere");
+            // SAFETY: a descriptor's number; the trait's is open as long as the object lives.
+            add(unsafe { BorrowedFd::borrow_raw(fd) });
         }
         match ppoll(&mut fds, timeout.map(TimeSpec::from), None) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),

@@ -74,8 +74,7 @@ impl Listener {
             Ok(fd) => {
                 // SAFETY: accept has just made this descriptor.
                 let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-                setsockopt(&socket, sockopt::PassCred, &true).context("setting up CRIU's connection")?;
-                Ok(Some(Connection { socket, have: Vec::new(), task: None }))
+                Ok(Some(Connection::new(socket)?))
             }
         }
     }
@@ -114,12 +113,18 @@ impl AsFd for Connection {
 }
 
 impl Connection {
+    pub(super) fn new(socket: OwnedFd) -> Result<Self> {
+        setsockopt(&socket, sockopt::PassCred, &true).context("setting up CRIU's connection")?;
+        Ok(Connection { socket, have: Vec::new(), task: None })
+    }
+
     /// The next thing that was said, if anything was.
     pub fn read(&mut self) -> Result<Option<Said>> {
         loop {
             let mut buf = [0u8; 4];
             let want = if self.task.is_some() { 1 } else { 4 - self.have.len() };
-            let mut space = nix::cmsg_space!([i32; 4], nix::sys::socket::UnixCredentials);
+            // as many as the kernel passes (SCM_MAX_FD): of those that found no room some would stay open
+            let mut space = nix::cmsg_space!([i32; 253], nix::sys::socket::UnixCredentials);
             let (n, fds, from) = {
                 let mut io = [IoSliceMut::new(&mut buf[..want])];
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;

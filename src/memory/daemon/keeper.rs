@@ -121,8 +121,9 @@ struct Held {
 pub fn main() -> ExitCode {
     crate::private::process();
     crate::private::umask_for_root();
-    // SAFETY: nothing of this process uses these numbers yet.
-    unsafe { libc::close_range(1, libc::c_uint::MAX, 0) };
+    // 1 and 2 are /dev/null and stay: what gets the number 2 later would be told of a panic.
+    // SAFETY: nothing of this process uses the numbers from 3 on yet.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
     for s in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGPIPE] {
         // SAFETY: no handler of ours is installed.
         let _ = unsafe { signal(s, SigHandler::SigIgn) };

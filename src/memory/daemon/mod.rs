@@ -24,6 +24,8 @@ mod buffer;
 mod consumer;
 mod ctl;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod handshake;
 pub mod keeper;
 mod pieces;

@@ -165,7 +165,7 @@ fn outcome(result: Result<i32, Errno>, len: u64, done: i64) -> Result<Placed> {
     })
 }
 
-fn decode(message: &[u8]) -> Result<Event> {
+pub(super) fn decode(message: &[u8]) -> Result<Event> {
     let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("eight bytes"));
     Ok(match message[0] {
         0x12 => Event::Fault(word(16)),

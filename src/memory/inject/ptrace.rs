@@ -42,9 +42,10 @@ pub struct Traced {
     tid: i32,
 }
 
-fn request(what: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Result<i64> {
-    // SAFETY: the requests made here write to this process only through `data`, which the callers point at live buffers of the
-    // size that `addr` or the iovec names.
+/// # Safety
+/// A request that writes through `data`, or reads from there, needs a live buffer of the size that `addr` or the iovec names.
+unsafe fn request(what: libc::c_uint, tid: i32, addr: usize, data: usize) -> io::Result<i64> {
+    // SAFETY: the caller's promise; ptrace(2) touches nothing else of this process.
     let r = unsafe { libc::ptrace(what as _, tid, addr, data) };
     if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r) }
 }
@@ -54,10 +55,10 @@ impl Traced {
     /// (CAP_SYS_ADMIN): container profiles forbid userfaultfd.
     pub fn seize(tid: i32) -> io::Result<Self> {
         let good = libc::PTRACE_O_TRACESYSGOOD as usize;
-        match request(libc::PTRACE_SEIZE, tid, 0, good | O_SUSPEND_SECCOMP) {
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
-                request(libc::PTRACE_SEIZE, tid, 0, good)?
-            }
+        // SAFETY: the request takes numbers only.
+        let seize = |options| unsafe { request(libc::PTRACE_SEIZE, tid, 0, options) };
+        match seize(good | O_SUSPEND_SECCOMP) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => seize(good)?,
             other => other?,
         };
         Ok(Self { tid })
@@ -65,29 +66,36 @@ impl Traced {
 
     /// Asks for a [`Stop::Trap`].
     pub fn interrupt(&self) -> io::Result<()> {
-        request(libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
+        // SAFETY: the request takes numbers only.
+        unsafe { request(libc::PTRACE_INTERRUPT, self.tid, 0, 0) }.map(drop)
     }
 
     /// Lets it run to the next stop of any kind, giving it `signal` (0: none).
     pub fn go(&self, signal: i32) -> io::Result<()> {
-        request(libc::PTRACE_CONT, self.tid, 0, signal as usize).map(drop)
+        // SAFETY: the request takes numbers only.
+        unsafe { request(libc::PTRACE_CONT, self.tid, 0, signal as usize) }.map(drop)
     }
 
     /// Lets it run to the next entry or exit of a system call.
     pub fn to_syscall(&self) -> io::Result<()> {
-        request(libc::PTRACE_SYSCALL, self.tid, 0, 0).map(drop)
+        // SAFETY: the request takes numbers only.
+        unsafe { request(libc::PTRACE_SYSCALL, self.tid, 0, 0) }.map(drop)
     }
 
     /// Lets go of a stopped task.
     pub fn detach(&self) -> io::Result<()> {
-        request(libc::PTRACE_DETACH, self.tid, 0, 0).map(drop)
+        // SAFETY: the request takes numbers only.
+        unsafe { request(libc::PTRACE_DETACH, self.tid, 0, 0) }.map(drop)
     }
 
     /// Its registers; the task must be stopped.
     pub fn regs(&self) -> io::Result<Regs> {
         let mut regs = Regs::default();
         let mut iov = libc::iovec { iov_base: (&raw mut regs).cast(), iov_len: size_of::<Regs>() };
-        request(libc::PTRACE_GETREGSET, self.tid, libc::NT_PRSTATUS as usize, &raw mut iov as usize)?;
+        // SAFETY: writes to `regs` through `iov`, which has its size, and to `iov`; both are alive.
+        unsafe {
+            request(libc::PTRACE_GETREGSET, self.tid, libc::NT_PRSTATUS as usize, &raw mut iov as usize)
+        }?;
         // A 32-bit task gives a shorter set.
         if iov.iov_len == size_of::<Regs>() { Ok(regs) } else { Err(io::ErrorKind::Unsupported.into()) }
     }
@@ -95,14 +103,19 @@ impl Traced {
     /// Sets its registers; the task must be stopped.
     pub fn set_regs(&self, regs: &Regs) -> io::Result<()> {
         let mut iov = libc::iovec { iov_base: regs as *const Regs as *mut _, iov_len: size_of::<Regs>() };
-        request(libc::PTRACE_SETREGSET, self.tid, libc::NT_PRSTATUS as usize, &raw mut iov as usize).map(drop)
+        // SAFETY: reads `regs` through `iov`, which has its size; both are alive.
+        unsafe {
+            request(libc::PTRACE_SETREGSET, self.tid, libc::NT_PRSTATUS as usize, &raw mut iov as usize)
+        }
+        .map(drop)
     }
 
     /// Where its restartable sequences are announced (address of `struct rseq`); None where it has none or the kernel does not say.
     pub fn rseq(&self) -> Option<u64> {
         let mut config = [0u64; 3]; // struct ptrace_rseq_configuration: address, size and signature, flags
         let size = size_of_val(&config);
-        request(GET_RSEQ_CONFIGURATION, self.tid, size, config.as_mut_ptr() as usize).ok()?;
+        // SAFETY: writes no more than `size` bytes to `config`, which has as many.
+        unsafe { request(GET_RSEQ_CONFIGURATION, self.tid, size, config.as_mut_ptr() as usize) }.ok()?;
         (config[0] != 0).then_some(config[0])
     }
 

@@ -52,7 +52,8 @@ impl Writer {
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             let mut byte = 0u8;
-            // SAFETY: descriptors and the page are the parent's copies; `byte` is a local.
+            // SAFETY: descriptors and the page are copies of the parent's, which stay open and mapped here; `byte` is a local. Nothing allocates,
+            // nothing locks: another thread of the parent may have held any lock at the fork.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                 libc::close(ask.as_raw_fd());

@@ -13,7 +13,7 @@
 //! | [`stage`] | what the destination makes of it |
 
 mod mounts;
-mod piece;
+pub(super) mod piece;
 mod stage;
 mod watch;
 

@@ -11,6 +11,8 @@ use super::piece::Piece;
 use crate::criu::tar::staged::file_name;
 use crate::rootfs;
 
+/// What a file takes beside its content: its inode, and what is known of it here.
+const FILE: u64 = 2048;
 /// Files that are kept open.
 const OPEN: usize = 256;
 /// Empty ones take memory too.
@@ -20,7 +22,7 @@ const FILES: usize = 1 << 20;
 pub struct Stage {
     dir: PathBuf,
     open: HashMap<u64, File>,
-    /// Bytes that each file takes.
+    /// Bytes that each file takes, with [`FILE`].
     held: HashMap<u64, u64>,
     sum: u64,
     cap: u64,
@@ -113,7 +115,7 @@ impl Stage {
     }
 
     fn count(&mut self, id: u64) -> Result<()> {
-        let now = self.open[&id].metadata().context("looking at a staged file")?.blocks() * 512;
+        let now = self.open[&id].metadata().context("looking at a staged file")?.blocks() * 512 + FILE;
         let was = self.held.insert(id, now).unwrap_or(0);
         ensure!(self.held.len() <= FILES, "the container has more than {FILES} files on its tmpfs mounts");
         self.sum = self.sum - was + now;
@@ -148,7 +150,7 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         assert!(bytes.len() == 40_000 && bytes[8192..12_288] == [7; 4096]);
         assert!(bytes[12_288..].iter().all(|b| *b == 0));
-        assert_eq!((path.metadata().unwrap().blocks() * 512, stage.sum), (8192, 8192));
+        assert_eq!((path.metadata().unwrap().blocks() * 512, stage.sum), (8192, 8192 + FILE));
 
         assert!(say(&mut stage, Piece::Data { id, offset: 39_999, bytes: b"xy" }).is_err(), "behind its end");
         assert!(say(&mut stage, Piece::Zeros { id, offset: u64::MAX, len: 2 }).is_err());
@@ -159,5 +161,9 @@ mod tests {
         assert!(say(&mut stage, Piece::Zeros { id, offset: 0, len: 1 << 30 }).is_err(), "too much");
         let e = say(&mut stage, Piece::Data { id, offset: 0, bytes: &[1; 80 << 10] });
         assert!(e.unwrap_err().to_string().contains("more memory than this node allows"));
+        // empty files are not free
+        let mut stage = Stage { cap: 64 << 10, ..Stage::create(&images.path().join("staged"), 0).unwrap() };
+        let many = (0..100).map(|id| say(&mut stage, Piece::Size { id, size: 0 }));
+        assert_eq!(many.take_while(|said| said.is_ok()).count() as u64, (64 << 10) / FILE);
     }
 }

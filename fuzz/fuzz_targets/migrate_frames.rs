@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| transship::migrate::fuzz::migrate_frames::run(data));
