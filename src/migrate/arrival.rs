@@ -12,8 +12,8 @@ use super::abort::Abort;
 use super::background::Background;
 use super::codec::Kind;
 use super::destination::{
-    DestinationTask, MayHaveRun, announce, committed, connections, join, vet, wait_for, wait_for_commit,
-    wait_for_runc,
+    DestinationTask, MayHaveRun, announce, committed, connections, holder, join, still_held, vet, wait_for,
+    wait_for_commit, wait_for_runc,
 };
 use super::fault;
 use super::filling::{Filling, Started};
@@ -109,6 +109,7 @@ impl Arrival<'_> {
         // the tasks are complete and stand at the gate: from here the source decides
         self.task.held(&whole.carry).context("connecting the container's stdio")?;
         let kick = connections(netns.as_ref(), &gate);
+        let holder = holder(&gate);
         let now = item("stdio and connections", now);
         fault::point("held", Some(self.link));
         self.phase(clock, "commit");
@@ -126,6 +127,7 @@ impl Arrival<'_> {
         fault::point("committed", Some(self.link));
         // asked to give up in between: too late, the source will not run it again
         self.abort.commit();
+        still_held(&gate, holder)?;
         self.phase(clock, "resume");
         // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
         if let Some(ns) = &netns {

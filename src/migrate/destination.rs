@@ -194,6 +194,7 @@ fn take(
     // the tasks are complete and stand at the gate: from here the source decides
     task.held(&carry).context("connecting the container's stdio")?;
     let kick = connections(netns.as_ref(), &gate);
+    let holder = holder(&gate);
     let (mut backlog, mut noted) = (Vec::new(), None);
     if waits {
         fault::point("held", Some(link));
@@ -207,6 +208,7 @@ fn take(
     } else {
         ensure!(abort.commit(), "the migration was given up by request");
     }
+    still_held(&gate, holder)?;
     phase(clock, "resume");
     // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
     if let Some(ns) = &netns {
@@ -254,6 +256,17 @@ pub(super) fn connections(netns: Option<&OwnedFd>, gate: &GateServer) -> net::Ki
             .unwrap_or_default(),
         _ => net::Kick::default(),
     }
+}
+
+/// CRIU, which holds the restored tasks at the second gate: the parent of the script that waits there.
+pub(super) fn holder(gate: &GateServer) -> Option<i32> {
+    gate.held_by().and_then(parent)
+}
+
+/// Without CRIU nothing comes of opening the gate. Said before it is tried: the tasks, which wait for CRIU's word, have not run.
+pub(super) fn still_held(gate: &GateServer, by: Option<i32>) -> Result<()> {
+    ensure!(by.is_none() || holder(gate) == by, "CRIU ended while it held the restored tasks");
+    Ok(())
 }
 
 /// Says that the tasks are restored, and waits for the source's word. Returns the packets that came to them meanwhile. What

@@ -171,7 +171,11 @@ impl Fault {
                 }
                 _ => &[There],
             },
+            // it had dumped everything, and only had to let go of the tasks
+            Fault::Killed(Criu, Source) if place.point == "final" => &[Here, There],
             Fault::Killed(Criu, Source) => &[Here],
+            // there the commit is answered at once
+            Fault::Killed(Criu | Runc, _) if stage == Stage::Sent => &[There, Here],
             Fault::Killed(Criu | Runc, _) if stage < Stage::Running => &[Here],
             Fault::Killed(Criu | Runc, _) => &[There, Frozen],
             Fault::Full(_) => match stage {

@@ -145,7 +145,7 @@ fn settle(bed: &Bed, from: Node, wanted: &[(String, &[Fate])]) -> Result<BTreeMa
     let begun = Instant::now();
     loop {
         let (here, there) = (states(bed, from)?, states(bed, from.other())?);
-        let (mut fates, mut right, mut seen) = (BTreeMap::new(), true, String::new());
+        let (mut fates, mut right, mut frozen, mut seen) = (BTreeMap::new(), true, true, String::new());
         for (id, allowed) in wanted {
             let (a, b) = (here.get(id), there.get(id));
             let found = fate(a.map(String::as_str), b.map(String::as_str));
@@ -154,13 +154,15 @@ fn settle(bed: &Bed, from: Node, wanted: &[(String, &[Fate])]) -> Result<BTreeMa
             fates.extend(found.map(|f| (id.clone(), f)));
             if !fine {
                 right = false;
+                frozen &= found == Some(Fate::Frozen) && allowed.contains(&Fate::Frozen);
                 seen.push_str(&format!("\n  {id}: {a:?} here, {b:?} there"));
             }
         }
         if right {
             return Ok(fates);
         }
-        if begun.elapsed() > patient(Duration::from_secs(25)) {
+        let limit = if frozen { 8 } else { 25 };
+        if begun.elapsed() > patient(Duration::from_secs(limit)) {
             eprintln!("matrix: after {:?}:{seen}", begun.elapsed());
             return Ok(fates);
         }
