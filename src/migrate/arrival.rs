@@ -127,7 +127,7 @@ impl Arrival<'_> {
         fault::point("committed", Some(self.link));
         // asked to give up in between: too late, the source will not run it again
         self.abort.commit();
-        still_held(&gate, holder)?;
+        still_held(&gate, holder, self.task)?;
         self.phase(clock, "resume");
         // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
         if let Some(ns) = &netns {

@@ -208,7 +208,7 @@ fn take(
     } else {
         ensure!(abort.commit(), "the migration was given up by request");
     }
-    still_held(&gate, holder)?;
+    still_held(&gate, holder, task)?;
     phase(clock, "resume");
     // sockets leave repair mode after the gate and send a probe at once: the way must be free by then
     if let Some(ns) = &netns {
@@ -263,10 +263,14 @@ pub(super) fn holder(gate: &GateServer) -> Option<i32> {
     gate.held_by().and_then(parent)
 }
 
-/// Without CRIU nothing comes of opening the gate. Said before it is tried: the tasks, which wait for CRIU's word, have not run.
-pub(super) fn still_held(gate: &GateServer, by: Option<i32>) -> Result<()> {
+/// Without CRIU, or runc, nothing comes of opening the gate. Said before it is tried: the tasks, which wait for CRIU's word, have not run.
+pub(super) fn still_held(gate: &GateServer, by: Option<i32>, task: &mut dyn DestinationTask) -> Result<()> {
     ensure!(by.is_none() || holder(gate) == by, "CRIU ended while it held the restored tasks");
-    Ok(())
+    match task.restored() {
+        None => Ok(()),
+        Some(Err(e)) => Err(e),
+        Some(Ok(_)) => bail!("runc restore ended while the restored tasks were held"),
+    }
 }
 
 /// Says that the tasks are restored, and waits for the source's word. Returns the packets that came to them meanwhile. What

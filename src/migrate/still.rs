@@ -122,7 +122,17 @@ impl Still {
 
     /// Ends an undecided migration: `moved` kills the frozen copy, otherwise it runs on as before.
     pub fn resolve(mut self, moved: bool) -> Result<()> {
-        if moved { self.gone() } else { self.roll_back() }
+        if moved {
+            return self.gone();
+        }
+        self.roll_back()?;
+        // it may have run on the other node for a while: its addresses are here again
+        let announced =
+            net::capture(self.netns.as_fd()).and_then(|config| net::announce(self.netns.as_fd(), &config));
+        if let Err(e) = announced {
+            log::warn!("announcing the container's addresses again: {e:#}");
+        }
+        Ok(())
     }
 }
 

@@ -157,6 +157,8 @@ impl Fault {
             Fault::Silent(Agent, _) if stage < Stage::Sent => &[Here, There],
             // the other way is free for the commit
             Fault::Cut(Way::Back) if stage == Stage::Committing => &[Here, There],
+            // and it finds it when it goes on
+            Fault::Silent(Shim, Destination) if stage == Stage::Committing => &[Here, There],
             Fault::Killed(Agent, _) | Fault::Silent(_, _) | Fault::Cut(_) if stage < Stage::Sent => &[Here],
             Fault::Killed(Agent, _) => &[There],
             // the commit is on its way, and may not arrive
