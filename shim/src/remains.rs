@@ -1,5 +1,6 @@
 //! What a `runc restore` (or crun's) that was killed half-way leaves behind, and `runc delete` does not know how to remove: its state
-//! directory without a `state.json` but with a bind mount in it, and empty cgroups. Ordinary deletes are runc's.
+//! directory without a `state.json` but with a bind mount in it, empty cgroups, and a CRIU that waits for the word of a runc that is gone,
+//! with the tasks that it has restored. Ordinary deletes are runc's.
 
 use std::{
     fs, io,
@@ -10,6 +11,8 @@ use std::{
 use nix::{
     errno::Errno,
     mount::{MntFlags, umount2},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use serde::Deserialize;
 
@@ -24,6 +27,12 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// `config.json` lies. Nothing there is fine; what cannot be removed is told and left.
 pub fn clear(root: &Path, id: &str, bundle: &Path) {
     let mut pauses = TRIES;
+    if end_criu(bundle) {
+        for cgroup in cgroups(bundle) {
+            end_tasks(&cgroup);
+        }
+    }
+    unmount_yards(bundle);
     let state = root.join(id);
     if let Err(e) = patiently(&mut pauses, || remove_state(&state)) {
         log::error!("removing {}: {e}", state.display());
@@ -37,6 +46,59 @@ pub fn clear(root: &Path, id: &str, bundle: &Path) {
         // a restore by crun has groups of its own in it
         if let Err(e) = patiently(&mut pauses, || remove_empty(&cgroup)) {
             log::warn!("removing {}: {e}", cgroup.display());
+        }
+    }
+}
+
+/// Ends every CRIU that works in this bundle; one that finds out by itself that its runc is gone gets the time for it. Whether one had to be
+/// killed.
+fn end_criu(bundle: &Path) -> bool {
+    let mut killed = false;
+    for attempt in 0..TRIES {
+        let left = criu_in(bundle);
+        if left.is_empty() {
+            break;
+        }
+        if attempt >= TRIES / 4 {
+            for pid in left {
+                log::warn!("CRIU {pid} in {} has no runc any more: killed", bundle.display());
+                kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+                killed = true;
+            }
+        }
+        std::thread::sleep(PAUSE);
+    }
+    killed
+}
+
+/// The CRIUs with something open in a directory: each has its log there.
+fn criu_in(dir: &Path) -> Vec<i32> {
+    let criu = |pid: i32| {
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let open = || fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        comm.starts_with("criu")
+            && open().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(dir)))
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|p| p.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| criu(*pid)).collect()
+}
+
+/// Kills what a killed CRIU has restored: nobody will ever tell it to run.
+fn end_tasks(cgroup: &Path) {
+    let listed = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    for pid in listed.lines().filter_map(|l| l.parse().ok()) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+    }
+}
+
+/// CRIU's view of the cgroups, below the directory it was started in (criu/cgroup.c, `prepare_cgroup_sfd`).
+fn unmount_yards(bundle: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    for yard in points.filter(|p| p.starts_with(bundle) && p.to_string_lossy().contains("/.criu.cgyard.")) {
+        if let Err(e) = unmount(yard).and_then(|()| fs::remove_dir(yard)) {
+            log::warn!("removing {}: {e}", yard.display());
         }
     }
 }
@@ -138,6 +200,25 @@ mod tests {
     }
 
     /// Directories stand in for cgroups, a file for a task: what holds one stays.
+    #[test]
+    fn only_a_criu_that_works_there_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = fs::File::create(dir.path().join("restore.log")).unwrap();
+        // named criu, and with the log open; and the same without
+        let program = dir.path().join("criu");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let start = |stdout: std::process::Stdio| {
+            std::process::Command::new(&program).arg("60").stdout(stdout).spawn().unwrap()
+        };
+        let (mut there, mut other) = (start(log.into()), start(std::process::Stdio::null()));
+        assert_eq!(criu_in(dir.path()), [there.id() as i32]);
+        assert!(end_criu(dir.path()));
+        assert!(!there.wait().unwrap().success());
+        assert!(other.try_wait().unwrap().is_none());
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
+
     #[test]
     fn groups_in_groups_are_removed_unless_in_use() {
         let dir = tempfile::tempdir().unwrap();
