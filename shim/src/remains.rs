@@ -27,13 +27,15 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// `config.json` lies. Nothing there is fine; what cannot be removed is told and left.
 pub fn clear(root: &Path, id: &str, bundle: &Path) {
     let mut pauses = TRIES;
-    if end_criu(bundle) {
+    let state = root.join(id);
+    // runc kills the tasks of a container that it knows
+    let half = state.exists() && !state.join("state.json").exists();
+    if end_criu(bundle) || half {
         for cgroup in cgroups(bundle) {
             end_tasks(&cgroup);
         }
     }
     unmount_yards(bundle);
-    let state = root.join(id);
     if let Err(e) = patiently(&mut pauses, || remove_state(&state)) {
         log::error!("removing {}: {e}", state.display());
     }

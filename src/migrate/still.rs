@@ -97,6 +97,10 @@ impl Still {
     pub(super) fn roll_back(&mut self) -> Result<()> {
         self.armed = false;
         let unfenced = net::unfence(self.netns.as_fd());
+        match net::unsilence(self.freezer.pids().unwrap_or_default()) {
+            0 => {}
+            n => log::warn!("CRIU ended in its dump and left {n} connections in repair mode: mended"),
+        }
         self.task.resume();
         self.freezer.thaw().context("thawing the container (its cgroup is still frozen)")?;
         if let Some(backlog) = self.backlog.take().filter(|_| unfenced.is_ok())

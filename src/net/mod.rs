@@ -65,7 +65,7 @@ pub use config::NetConfig;
 pub use fence::{fence, is_fenced, unfence};
 pub use kick::Kick;
 pub use netns::{inode, netns_of_pid, open};
-pub use silence::silence;
+pub use silence::{silence, unsilence};
 
 #[cfg(test)]
 mod tests;

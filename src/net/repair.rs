@@ -110,6 +110,21 @@ pub fn enter(socket: &OwnedFd) -> io::Result<()> {
     set(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)
 }
 
+/// Takes a TCP socket out of repair mode, if it is in it; false if it was not.
+pub fn leave(socket: &OwnedFd) -> io::Result<bool> {
+    let tcp = libc::IPPROTO_TCP;
+    if number(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)? != tcp
+        || number(socket, tcp, libc::TCP_REPAIR)? != 1
+    {
+        return Ok(false);
+    }
+    // Leaving repair mode clears SO_REUSEADDR.
+    let reuse = number(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+    set(socket, tcp, libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)?;
+    set(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
+    Ok(true)
+}
+
 /// The next expected sequence number, read in repair mode.
 fn rcv_nxt(socket: &OwnedFd) -> io::Result<u32> {
     let tcp = libc::IPPROTO_TCP;

@@ -67,8 +67,8 @@ pub const PLACES: [Place; 17] = [
     place("prepare", Side::Destination, Stage::Agents),
     place("round", Side::Source, Stage::Copying),
     Place {
-        // the rest fits no such downtime: it goes on until nothing is gained any more
-        options: &["--max-downtime", "1ms"],
+        // no page fits into such a downtime at such a rate: it goes on until nothing is gained any more
+        options: &["--max-downtime", "1ms", "--bandwidth", "10MB/s"],
         ..place("later-round", Side::Source, Stage::Copying)
     },
     place("frozen", Side::Source, Stage::Frozen),
