@@ -1,5 +1,7 @@
 //! The shim as a process: who it serves, when it ends, and what becomes of its containers when it is killed.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use serde_json::json;
 
@@ -62,6 +64,9 @@ fn shutdown_after_delete(s: &mut Subject) -> Result<()> {
         crate::shim::Address::of_bundle(&s.host(&s.bundle(ID))).map_or(true, |a| !s.host(&a.path).exists())
     });
     s.until("it has ended", |_| !process.exists());
+    // containerd answers in other words until it has done with it, which ends with the bundle and then its list
+    s.until("containerd has noticed", |s| !s.host(&s.bundle(ID)).exists());
+    std::thread::sleep(Duration::from_millis(200));
     let _ = s.call(Call::State(""));
     Ok(())
 }
