@@ -65,7 +65,7 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
             placed.from
         );
         outcome::keep(&placed.migration, &placed.from, Fate::Runs);
-        if let Err(error) = finish(containerd, &mut placed).await {
+        if let Err(error) = placed.arrived(containerd).await {
             log::warn!("{name}: {error:#}");
         }
         return;
@@ -104,19 +104,11 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
         outcome::keep(&placed.migration, &placed.from, Fate::Runs);
         // what was sent when it came may have been lost
         outcome::announce_again(&placed.migration).await;
-        finish(containerd, &mut placed).await
+        placed.arrived(containerd).await
     };
     if let Err(error) = finished.await {
         log::warn!("{name}: {error:#}");
     }
-}
-
-/// What was made for it stays.
-async fn finish(containerd: &Namespace, placed: &mut Placed) -> Result<()> {
-    (placed.complete, placed.steps) = (true, vec![Step::Lease]);
-    placed.save()?;
-    journal::forget_commit(&placed.migration)?;
-    placed.release(containerd).await
 }
 
 /// Tries again what could not be done when a container arrived, or when its arrival was undone, for want of containerd; never ends.

@@ -257,7 +257,7 @@ pub async fn answer(agent: &Agent, migration: &str, source: &str) -> Message {
 }
 
 async fn give_back(agent: &Agent, migration: &str) -> Result<()> {
-    let Some(placed) = Placed::all().into_iter().find(|p| p.migration == migration) else { return Ok(()) };
+    let Some(placed) = Placed::by_migration(migration) else { return Ok(()) };
     let containerd = Containerd::connect(&agent.config.containerd).await?.namespace(&placed.namespace)?;
     let Some(record) = containerd.container(&placed.id).await? else { return Ok(()) };
     tokio::spawn(async move {
@@ -270,10 +270,7 @@ async fn give_back(agent: &Agent, migration: &str) -> Result<()> {
 
 /// Announces the addresses of the container that came by this migration, if it is still here.
 pub async fn announce_again(migration: &str) {
-    let Some(path) = Placed::all().into_iter().find(|p| p.migration == migration).and_then(|p| p.netns)
-    else {
-        return;
-    };
+    let Some(path) = Placed::by_migration(migration).and_then(|p| p.netns) else { return };
     let announced = tokio::task::spawn_blocking(move || {
         let netns = net::open(&path)?;
         let config = net::capture(netns.as_fd())?;

@@ -90,7 +90,7 @@ impl Placed {
 
     /// What was made on tmpfs, or ran, before the machine was switched off is gone; what has its name now is somebody else's.
     fn of_this_boot(mut self) -> Placed {
-        if !self.boot.is_empty() && self.boot != journal::boot() {
+        if self.is_of_another_boot() {
             (self.netns, self.fifos) = (None, None);
             self.steps.retain(|s| !matches!(s, Step::Places | Step::Marker | Step::Images(_)));
         }
@@ -124,6 +124,19 @@ impl Placed {
     /// The lease under which it was made.
     pub fn lease(&self) -> String {
         format!("transship-{}", self.migration)
+    }
+
+    /// The one that came by this migration.
+    pub fn by_migration(migration: &str) -> Option<Placed> {
+        Placed::all().into_iter().find(|p| p.migration == migration)
+    }
+
+    /// It has arrived: what was made for it stays.
+    pub async fn arrived(&mut self, containerd: &Namespace) -> Result<()> {
+        (self.complete, self.steps) = (true, vec![Step::Lease]);
+        self.save()?;
+        journal::forget_commit(&self.migration)?;
+        self.release(containerd).await
     }
 
     /// Of a container that has arrived: what was made for it is kept by its record now, no longer by the lease.

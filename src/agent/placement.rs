@@ -273,10 +273,7 @@ impl<'a> Placement<'a> {
 
     /// Everything worked: what was made stays. Remembers what is to go with the container.
     pub async fn keep(mut self) -> Result<Vec<String>> {
-        (self.placed.complete, self.placed.steps) = (true, vec![Step::Lease]);
-        self.placed.save()?;
-        journal::forget_commit(&self.migration)?;
-        self.placed.release(&self.plain).await?;
+        self.placed.arrived(&self.plain).await?;
         Ok(std::mem::take(&mut self.warnings))
     }
 
