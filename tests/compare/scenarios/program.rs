@@ -48,7 +48,9 @@ fn line(s: &Subject, id: &str, action: &str) -> String {
 pub fn bundle_by_hand(s: &mut Subject, bundle: &str, id: &str, spec: &Spec) -> Result<Vec<Mount>> {
     std::fs::create_dir_all(s.host(bundle).join("rootfs"))?;
     std::fs::write(s.host(bundle).join("config.json"), spec.json(s.stage.side.namespace(), id))?;
-    let made = s.stage.namespace.snapshot_prepare("overlayfs", id, &s.stage.parent, Default::default());
+    // no record refers to it: without the label containerd collects it at any moment
+    let root = [("containerd.io/gc.root".to_owned(), id.to_owned())].into();
+    let made = s.stage.namespace.snapshot_prepare("overlayfs", id, &s.stage.parent, root);
     let mounts = s.stage.handle.block_on(made)?;
     let mount = |m: containerd_client::types::Mount| Mount {
         type_: m.r#type,
