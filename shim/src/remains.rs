@@ -26,11 +26,20 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Removes the remains of container `id` below runc's `root`, and its cgroups if nothing is in them. `bundle` is where its
 /// `config.json` lies. Nothing there is fine; what cannot be removed is told and left.
 pub fn clear(root: &Path, id: &str, bundle: &Path) {
+    remove(root, id, bundle, false);
+}
+
+/// [`clear`] for a container that never came to life: its tasks, if a killed CRIU has left some, are nobody's.
+pub fn clear_unborn(root: &Path, id: &str, bundle: &Path) {
+    remove(root, id, bundle, true);
+}
+
+fn remove(root: &Path, id: &str, bundle: &Path, unborn: bool) {
     let mut pauses = TRIES;
     let state = root.join(id);
     // runc kills the tasks of a container that it knows
     let half = state.exists() && !state.join("state.json").exists();
-    if end_criu(bundle) || half {
+    if end_criu(bundle) || half || unborn {
         for cgroup in cgroups(bundle) {
             end_tasks(&cgroup);
         }
@@ -57,7 +66,7 @@ pub fn clear(root: &Path, id: &str, bundle: &Path) {
 fn end_criu(bundle: &Path) -> bool {
     let mut killed = false;
     for attempt in 0..TRIES {
-        let left = criu_in(bundle);
+        let left = criu_in(&places(bundle));
         if left.is_empty() {
             break;
         }
@@ -73,13 +82,19 @@ fn end_criu(bundle: &Path) -> bool {
     killed
 }
 
-/// The CRIUs with something open in a directory: each has its log there.
-fn criu_in(dir: &Path) -> Vec<i32> {
+/// Where CRIU works for a bundle: in its work directory, which containerd keeps in another place and links to.
+fn places(bundle: &Path) -> Vec<PathBuf> {
+    let work = fs::canonicalize(bundle.join("work")).ok();
+    [bundle.to_owned()].into_iter().chain(work).collect()
+}
+
+/// The CRIUs with something open in these directories: each has its log there.
+fn criu_in(dirs: &[PathBuf]) -> Vec<i32> {
+    let inside = |path: &Path| dirs.iter().any(|dir| path.starts_with(dir));
     let criu = |pid: i32| {
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         let open = || fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        comm.starts_with("criu")
-            && open().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(dir)))
+        comm.starts_with("criu") && open().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| inside(&to)))
     };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|p| p.file_name().to_str()?.parse().ok());
@@ -98,7 +113,11 @@ fn end_tasks(cgroup: &Path) {
 fn unmount_yards(bundle: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
-    for yard in points.filter(|p| p.starts_with(bundle) && p.to_string_lossy().contains("/.criu.cgyard.")) {
+    let places = places(bundle);
+    let yard = |p: &&Path| {
+        places.iter().any(|dir| p.starts_with(dir)) && p.to_string_lossy().contains("/.criu.cgyard.")
+    };
+    for yard in points.filter(yard) {
         if let Err(e) = unmount(yard).and_then(|()| fs::remove_dir(yard)) {
             log::warn!("removing {}: {e}", yard.display());
         }
@@ -205,7 +224,12 @@ mod tests {
     #[test]
     fn only_a_criu_that_works_there_is_found() {
         let dir = tempfile::tempdir().unwrap();
-        let log = fs::File::create(dir.path().join("restore.log")).unwrap();
+        let bundle = dir.path().join("bundle");
+        // as containerd makes it
+        fs::create_dir_all(dir.path().join("elsewhere")).unwrap();
+        fs::create_dir(&bundle).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), bundle.join("work")).unwrap();
+        let log = fs::File::create(bundle.join("work/restore.log")).unwrap();
         // named criu, and with the log open; and the same without
         let program = dir.path().join("criu");
         fs::copy("/bin/sleep", &program).unwrap();
@@ -213,8 +237,8 @@ mod tests {
             std::process::Command::new(&program).arg("60").stdout(stdout).spawn().unwrap()
         };
         let (mut there, mut other) = (start(log.into()), start(std::process::Stdio::null()));
-        assert_eq!(criu_in(dir.path()), [there.id() as i32]);
-        assert!(end_criu(dir.path()));
+        assert_eq!(criu_in(&places(&bundle)), [there.id() as i32]);
+        assert!(end_criu(&bundle));
         assert!(!there.wait().unwrap().success());
         assert!(other.try_wait().unwrap().is_none());
         other.kill().unwrap();

@@ -144,6 +144,9 @@ impl Service {
             container.refuse_while_moving()?;
             return container.delete_exec(&request.exec_id).await;
         }
+        if container.init.state() == State::Incoming {
+            self.hooks.abandon(&container).await;
+        }
         let forget = || drop(self.table().remove(&request.id));
         let ended = container.delete(forget).await?;
         self.hooks.deleted(&container);
@@ -219,6 +222,12 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, r: api::PidsRequest) -> Reply<api::PidsResponse> {
         let container = self.container(&r.id)?;
+        if container.init.state() == State::Incoming {
+            // This process works for it until it has its own. A containerd that was restarted takes a shim without pids for one that its
+            // predecessor lost, and removes it (containerd: core/runtime/v2/shim_load.go).
+            let processes = vec![ProcessInfo { pid: std::process::id(), ..Default::default() }];
+            return Ok(api::PidsResponse { processes, ..Default::default() });
+        }
         let pids = container.runc.pids(&r.id).await.map_err(TaskError::from)?;
         let execs = container.all_execs();
         let processes = pids.into_iter().map(|pid| {

@@ -132,6 +132,11 @@ impl Attempt {
         Ok(Attempt(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?))
     }
 
+    /// Whether it is over.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
+
     /// Its end.
     pub fn finish(self) -> Result<Outcome> {
         let output = self.0.wait_with_output()?;

@@ -185,7 +185,7 @@ impl DestinationTask for Arriving {
             runtime
                 .block_on(c.runc.delete(&c.id, true))
                 .unwrap_or_else(|e| log::debug!("runc delete: {e:#}"));
-            crate::remains::clear(c.runc.root(), &c.id, &c.bundle);
+            crate::remains::clear_unborn(c.runc.root(), &c.id, &c.bundle);
         }
         if let Some(io) = self.io.take() {
             runtime.block_on(io.close());

@@ -21,6 +21,7 @@ use std::{
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -36,7 +37,13 @@ use transship::{
     private,
 };
 
-use crate::{container::Container, hooks::Hooks};
+use crate::{
+    container::Container,
+    hooks::{Abandoned, Hooks},
+};
+
+/// How long a deletion waits for the migration of a container that has not arrived: longer than an undone restore takes.
+const ABANDON: Duration = Duration::from_secs(40);
 
 /// What is known of one container's migration; shared by the threads that serve its socket.
 #[derive(Default)]
@@ -108,6 +115,15 @@ impl Slot {
         filling.wait()
     }
 
+    /// Asks a migration to end; whether there is one.
+    fn ask_to_end(&self) -> bool {
+        let abort = self.state().abort.clone();
+        abort.is_some_and(|abort| {
+            abort.ask();
+            true
+        })
+    }
+
     /// Ends it, however it went.
     fn end(&self, migration: MigrationState) {
         let mut state = self.state();
@@ -145,6 +161,22 @@ impl Hooks for Migrations {
         let slot = Arc::new(Slot::default());
         let task = container.shared.runtime.spawn(accept(listener, container.clone(), slot.clone()));
         self.table().insert(container.id.clone(), Listening { path, task, slot });
+    }
+
+    fn abandon(&self, container: &Arc<Container>) -> Abandoned {
+        let slot = self.table().get(&container.id).map(|listening| listening.slot.clone());
+        let id = container.id.clone();
+        Box::pin(async move {
+            let Some(slot) = slot else { return };
+            let since = Instant::now();
+            while slot.ask_to_end() {
+                if since.elapsed() > ABANDON {
+                    log::error!("{id}: its migration does not end; deleting it all the same");
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
     }
 
     fn deleted(&self, container: &Arc<Container>) {

@@ -205,7 +205,7 @@ impl Fault {
     /// The silence that ends a migration, in seconds: short where it is waited for.
     pub fn silence(self) -> &'static str {
         match self {
-            Fault::Cut(_) | Fault::Silent(..) => "3",
+            Fault::Cut(_) | Fault::Silent(..) => "5",
             _ => "20",
         }
     }

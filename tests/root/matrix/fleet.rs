@@ -97,9 +97,11 @@ impl<'a> Fleet<'a> {
                 ship.forget(bed)?;
                 ship.start(bed)
             }
-            Some(Fate::There) => ship.go(bed, Node::B),
+            Some(Fate::There) => ship.carry(bed, Node::B),
             _ => Ok(()),
-        })
+        })?;
+        // each client has to have its reply, but they may wait together
+        self.ships.iter_mut().try_for_each(|s| s.goes_on().with_context(|| s.id.clone()))
     }
 
     /// Ends all, with the clients' verdicts.
@@ -125,11 +127,17 @@ impl Ship {
         Ok(())
     }
 
-    /// Moves it to the other node.
+    /// Moves it to the other node, and sees that its client goes on.
     pub fn go(&mut self, bed: &Bed, from: Node) -> Result<()> {
+        self.carry(bed, from)?;
+        self.goes_on()
+    }
+
+    fn carry(&mut self, bed: &Bed, from: Node) -> Result<()> {
+        self.mark()?;
         let moved = moves::attempt(bed, &self.id, from, from.other().address(), &[])?;
         ensure!(moved.code == 0, "from node {}: {} {}", from.name(), moved.json, moved.stderr);
-        self.goes_on()
+        Ok(())
     }
 
     /// Removes what is left of it on both nodes.

@@ -19,6 +19,7 @@ mod strike;
 pub mod table;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -82,7 +83,10 @@ fn strike_all(bed: &Bed, fleet: &mut Fleet<'_>, fault: Fault) -> Result<usize> {
         let options = [&["--silence", fault.silence()], mode, PLACES[n].options].concat();
         attempts.push((n, Attempt::start(bed, &place::id(n), &options)?));
     }
-    points.reached()?;
+    let reached = points.reached(|| attempts.iter_mut().any(|(_, a)| a.has_ended()));
+    if let Err(e) = reached {
+        return Err(e.context(early_ends(attempts)));
+    }
     let mut strike = Strike::now(bed, fault, Node::A)?;
     drop(points);
     strike.last()?;
@@ -93,57 +97,79 @@ fn strike_all(bed: &Bed, fleet: &mut Fleet<'_>, fault: Fault) -> Result<usize> {
     // what is undecided while the fault lasts is decided when it is over
     strike.undo()?;
     let allowed: Vec<_> = cells.iter().map(|n| (place::id(*n), fault.allowed(&PLACES[*n]))).collect();
-    let fates = settle(bed, Node::A, &allowed).with_context(|| fault.name())?;
-    let (mut wrong, mut anew) = (Vec::new(), Vec::new());
+    let mut fates = settle(bed, Node::A, &allowed).with_context(|| fault.name())?;
+    let mut verdicts = BTreeMap::new();
     for &n in &cells {
-        let (id, allowed) = (place::id(n), fault.allowed(&PLACES[n]));
-        let mut verdict = match fates.get(&id) {
-            Some(fate) if allowed.contains(fate) => Ok(*fate),
-            Some(fate) => Err(format!("{fate:?} where {allowed:?} is right")),
-            None => Err("neither here nor there".into()),
-        };
-        let outcome = &said[&n];
-        if let Ok(fate) = verdict
-            && !agrees(fault, fate, outcome.code)
-        {
-            verdict = Err(format!("{fate:?}, but the command line said {}: {}", outcome.code, outcome.json));
-        }
-        // a copy that is thawed after another one has run for a while knows nothing of what that one told its clients
-        let given_back = PLACES[n].stage == Stage::Following && verdict == Ok(Fate::Here);
-        if let Ok(fate @ (Fate::Here | Fate::There)) = verdict
-            && !given_back
-            && let Err(e) = fleet.ships[n].mark().and_then(|()| fleet.ships[n].goes_on())
-        {
-            verdict = Err(format!("{fate:?}: {e:#}"));
-        }
-        if given_back {
-            anew.push(n);
-        }
-        let cell = match verdict {
-            Ok(fate) => Cell::Held(fate),
-            Err(why) => {
-                wrong.push(n);
-                eprintln!(
-                    "matrix: {} at {}: {why}\n  {} {}",
-                    fault.name(),
-                    PLACES[n].point,
-                    outcome.json,
-                    outcome.stderr
-                );
-                Cell::Broken(why)
-            }
-        };
-        table::note(fault, n, cell);
+        verdicts.insert(n, judge(fault, n, fates.get(&place::id(n)).copied(), said[&n].code));
     }
-    let mut fates = fates;
+    still_answer(fleet, &mut verdicts)?;
+    let mut wrong = 0;
+    for (n, verdict) in verdicts {
+        if needs_another(n, &verdict) {
+            fates.insert(place::id(n), Fate::Ended);
+        }
+        if let Err(why) = &verdict {
+            wrong += 1;
+            let (point, outcome) = (PLACES[n].point, &said[&n]);
+            eprintln!("matrix: {} at {point}: {why}\n  {} {}", fault.name(), outcome.json, outcome.stderr);
+        }
+        table::note(fault, n, verdict.map_or_else(Cell::Broken, Cell::Held));
+    }
     resolve(bed, &mut fates)?;
-    for n in wrong.iter().chain(&anew).copied() {
-        // whatever it is, the next fault needs a sound one
-        fates.insert(place::id(n), Fate::Ended);
-    }
     fleet.gather(&fates)?;
     trouble::nothing_on(bed, Node::B)?;
-    Ok(wrong.len())
+    Ok(wrong)
+}
+
+/// What migrations said that were over before they were to be struck.
+fn early_ends(attempts: Vec<(usize, Attempt)>) -> String {
+    let mut text = String::from("nothing was struck");
+    for (n, mut attempt) in attempts {
+        if attempt.has_ended() {
+            let said = attempt.finish().map(|o| format!("{} {} {}", o.code, o.json, o.stderr));
+            let _ = write!(text, "\n{}: {}", place::id(n), said.unwrap_or_else(|e| format!("{e:#}")));
+        }
+    }
+    text
+}
+
+/// What became of a container: whether the fault may do that, and whether the command line said so.
+fn judge(fault: Fault, n: usize, found: Option<Fate>, code: i32) -> Result<Fate, String> {
+    let allowed = fault.allowed(&PLACES[n]);
+    match found {
+        Some(fate) if !allowed.contains(&fate) => Err(format!("{fate:?} where {allowed:?} is right")),
+        Some(fate) if !agrees(fault, fate, code) => {
+            Err(format!("{fate:?}, but the command line said {code}"))
+        }
+        Some(fate) => Ok(fate),
+        None => Err("neither here nor there".into()),
+    }
+}
+
+/// A copy that is thawed after another one has run for a while knows nothing of what that one told its clients.
+fn given_back(n: usize, verdict: &Result<Fate, String>) -> bool {
+    PLACES[n].stage == Stage::Following && *verdict == Ok(Fate::Here)
+}
+
+/// Whether the next fault needs a sound container in the place of this one.
+fn needs_another(n: usize, verdict: &Result<Fate, String>) -> bool {
+    verdict.is_err() || given_back(n, verdict)
+}
+
+/// The clients of all that run still get replies, each as it must be; the verdict on those that do not is changed.
+fn still_answer(fleet: &mut Fleet<'_>, verdicts: &mut BTreeMap<usize, Result<Fate, String>>) -> Result<()> {
+    let runs =
+        |n: usize, v: &Result<Fate, String>| matches!(v, Ok(Fate::Here | Fate::There)) && !given_back(n, v);
+    // all of them first: their clients report once a second
+    for (n, _) in verdicts.iter().filter(|(n, v)| runs(**n, v)) {
+        fleet.ships[*n].mark()?;
+    }
+    for (n, verdict) in verdicts.iter_mut().filter(|(n, v)| runs(**n, v)) {
+        if let Err(e) = fleet.ships[*n].goes_on() {
+            *verdict = Err(format!("its client: {e:#}"));
+        }
+    }
+    Ok(())
 }
 
 /// Waits until every container is where it may stay: what the agents have not finished they go on with.
@@ -223,7 +249,8 @@ impl<'a> Points<'a> {
         Ok(Points { bed, waited })
     }
 
-    fn reached(&self) -> Result<()> {
+    /// Waits until everybody stands still, or `ended` says that somebody will not.
+    fn reached(&self, mut ended: impl FnMut() -> bool) -> Result<()> {
         let mut missing = Vec::new();
         let all = wait_for(Duration::from_secs(90), "all places", || {
             let mut reached = Vec::new();
@@ -238,6 +265,7 @@ impl<'a> Points<'a> {
                     missing.push(line.clone());
                 }
             }
+            ensure!(missing.is_empty() || !ended(), "a migration ended before its place");
             Ok(missing.is_empty())
         });
         all.map_err(|e| e.context(format!("not reached: {missing:?}")))

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::fault::{FAULTS, Fate, Fault, Program};
 use super::fleet::{Fleet, Ship};
-use super::place::{PLACES, Stage};
+use super::place::{PLACES, Place, Stage};
 use super::strike::Strike;
 use super::{Points, agrees, settle, strike};
 use crate::bed::{Bed, Node};
@@ -112,10 +112,14 @@ fn held(bed: &Bed) -> Result<Held> {
     Ok(held)
 }
 
-/// Faults that a soak strikes with: those that leave one copy that runs, whenever they strike.
-fn harmless(fault: Fault) -> bool {
+/// Whether a soak strikes with this fault there: one copy runs afterwards, and there is something to strike.
+fn harmless(fault: Fault, place: &Place) -> bool {
     match fault {
+        // what of its memory has not come is lost by many of them
+        _ if !fault.applies(place) || place.stage == Stage::Following => false,
         Fault::Killed(Program::Shim, _) | Fault::MemoryLimit | Fault::Clock | Fault::Full(_) => false,
+        // with the commit on its way they may have ended by themselves
+        Fault::Killed(Program::Criu | Program::Runc, _) => place.stage < Stage::Sent,
         Fault::Killed(..) | Fault::Silent(..) | Fault::Flutter(_) | Fault::Cut(_) | Fault::CommandLine => {
             true
         }
@@ -156,8 +160,7 @@ pub fn soak(bed: &Bed, minutes: f64) -> Result<()> {
         if moves % 3 == 2 {
             let fault = FAULTS[dice.below(FAULTS.len())];
             let place = &PLACES[dice.below(PLACES.len())];
-            // what of its memory has not come is lost by many of them
-            if !harmless(fault) || !fault.applies(place) || place.stage == Stage::Following {
+            if !harmless(fault, place) {
                 continue;
             }
             let say =
@@ -166,8 +169,8 @@ pub fn soak(bed: &Bed, minutes: f64) -> Result<()> {
             let points =
                 Points::set(bed, &[(strike::node(place.at, from), format!("{} {id}", place.point))])?;
             let options = [&["--silence", fault.silence(), "--mode", "pre-copy"], place.options].concat();
-            let attempt = Attempt::from(bed, from, &id, &options)?;
-            points.reached().with_context(say)?;
+            let mut attempt = Attempt::from(bed, from, &id, &options)?;
+            points.reached(|| attempt.has_ended()).with_context(say)?;
             let mut strike = Strike::now(bed, fault, from).with_context(say)?;
             drop(points);
             strike.last().with_context(say)?;

@@ -144,7 +144,7 @@ impl<'a> Strike<'a> {
         match self.fault {
             Fault::Flutter(_) => std::thread::sleep(Duration::from_secs(2)),
             // its own silence, and that of a peer that looks at it now and then
-            Fault::Silent(..) => std::thread::sleep(Duration::from_secs(7)),
+            Fault::Silent(..) => std::thread::sleep(Duration::from_secs(11)),
             Fault::Clock => std::thread::sleep(Duration::from_secs(1)),
             // containers that go on without it need it at their end
             Fault::Killed(Program::Containerd, _) => {}
@@ -186,11 +186,12 @@ impl Drop for Strike<'_> {
     }
 }
 
-/// Allows a container on the destination 2 MB.
+/// Allows a container on the destination no more memory than it has: cgroup v1 refuses a limit below that, v2 would make room by killing.
 fn limit(bed: &Bed, id: &str) -> Result<()> {
     let script = format!(
-        "for f in /sys/fs/cgroup/memory/default/{id}/memory.limit_in_bytes /sys/fs/cgroup/default/{id}/memory.max; do
-           [ ! -e $f ] || echo 2M > $f; done"
+        "cd /sys/fs/cgroup/memory/default/{id} 2> /dev/null && for i in $(seq 50); do
+           echo $(($(cat memory.usage_in_bytes) + 65536)) 2> /dev/null > memory.limit_in_bytes && exit 0; done
+         cd /sys/fs/cgroup/default/{id} && echo $(($(cat memory.current) + 65536)) > memory.max"
     );
     wait_for(Duration::from_secs(5), "the limit", || Ok(bed.sh(Node::B, &script).is_ok()))
 }

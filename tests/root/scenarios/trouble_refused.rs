@@ -52,19 +52,19 @@ fn host_network(bed: &Bed) -> Result<()> {
 }
 
 fn bind_mounts(bed: &Bed) -> Result<()> {
-    bed.sh(Node::A, "mkdir -p /run/node/data")?;
+    bed.sh(Node::A, "mkdir -p /run/node/bound")?;
     container::pod(bed, Node::A, "t1", "10.77.6.2")?;
-    let mount = "type=bind,src=/run/node/data,dst=/data,options=rbind:ro";
+    let mount = "type=bind,src=/run/node/bound,dst=/data,options=rbind:ro";
     let probe = Run::new(bed, "t1", "probe").pod("t1").options(&["--null-io", "--mount", mount]);
     probe.args(&["ts-probe", "sleep"]).start(Node::A)?;
     let pid = container::pid(bed, Node::A, "t1")?;
-    refused(bed, "t1", B, &[], 5, &["/run/node/data", "host_mounts"])?;
-    bed.sh(Node::B, "mkdir -p /run/node/data")?;
-    refused(bed, "t1", B, &[], 5, &["/run/node/data", "host_mounts"])?;
+    refused(bed, "t1", B, &[], 5, &["/run/node/bound", "host_mounts"])?;
+    bed.sh(Node::B, "mkdir -p /run/node/bound")?;
+    refused(bed, "t1", B, &[], 5, &["/run/node/bound", "host_mounts"])?;
     {
         let _allowed = trouble::Configured::new(bed, Node::B, "host_mounts = [\"/run/node\"]")?;
-        bed.sh(Node::B, "rmdir /run/node/data")?;
-        refused(bed, "t1", B, &[], 5, &["/run/node/data", "does not exist"])?;
+        bed.sh(Node::B, "rmdir /run/node/bound")?;
+        refused(bed, "t1", B, &[], 5, &["/run/node/bound", "does not exist"])?;
     }
     trouble::nothing_on(bed, Node::B)?;
     ensure!(container::pid(bed, Node::A, "t1")? == pid, "the source was touched");
