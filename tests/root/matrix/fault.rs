@@ -191,17 +191,6 @@ impl Fault {
         }
     }
 
-    /// Whether it is known to hold wherever it strikes. The others are tried by who asks for them: `tests/README.md` says what is open.
-    pub fn is_settled(self) -> bool {
-        use Program::{Agent, Containerd, Shim};
-        match self {
-            Fault::Killed(Agent, _) | Fault::Killed(Shim | Containerd, Side::Source) => true,
-            Fault::Flutter(_) | Fault::Cut(Way::Both) | Fault::Clock | Fault::CommandLine => true,
-            Fault::Full(side) => side == Side::Destination,
-            Fault::Killed(..) | Fault::Silent(..) | Fault::Cut(_) | Fault::MemoryLimit => false,
-        }
-    }
-
     /// The silence that ends a migration, in seconds: short where it is waited for.
     pub fn silence(self) -> &'static str {
         match self {
