@@ -119,6 +119,15 @@ pub async fn clean_up(containerd: &Namespace, record: &Record, task: bool, cold:
     notes
 }
 
+/// Removes at once what is still here of an earlier container of this name that has left, if it can be done by now.
+pub async fn hurry(containerd: &Namespace, id: &str) {
+    let noted: Option<Departed> = journal::read(&Departed::path(containerd.name(), id));
+    let Some(departed) = noted else { return };
+    if let Err(error) = departed.remove(containerd).await {
+        log::debug!("removing {}/{id}, which has left: {error:#}", containerd.name());
+    }
+}
+
 /// Goes on with what an earlier agent had not finished.
 ///
 /// # Errors

@@ -19,8 +19,9 @@ use anyhow::{Context, Result, bail};
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
-    Agent, admission, candidates, filling,
+    Agent, admission, candidates, departed, filling,
     layer::{self, name},
+    leftovers,
     link::{Frame, Link, MAX_MESSAGE, MAX_OFFER},
     message::{Hello, Message, MoveAsked, Offer, Ready, Refusal, Started, VERSIONS},
     outcome::{self, Fate},
@@ -43,6 +44,9 @@ use crate::{
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// How long for what follows: an offer of [`MAX_OFFER`] bytes, over a slow link.
 const OFFER_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long an offer waits for the end of an earlier attempt with the same container.
+const UNDO_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Speaks with one authenticated peer until it is done.
 pub async fn serve(agent: &Agent, mut link: Link, peer: String, from: IpAddr) {
@@ -114,7 +118,11 @@ async fn offered(
 ) -> Result<()> {
     let (namespace, id) = (asked.namespace.clone(), asked.container.clone());
     let because = |code: &str, message: String| Refusal { code: code.into(), message, advice: String::new() };
-    let Some(_busy) = agent.busy.enter(&namespace, &id, &format!("arriving from {peer}")) else {
+    let arriving = format!("arriving from {peer}");
+    // the source knows that its last attempt is over; here it may still be undone
+    let ending = [arriving.as_str(), leftovers::TIDYING];
+    let entered = agent.busy.enter_after(&namespace, &id, &arriving, &ending, UNDO_PATIENCE).await;
+    let Some(_busy) = entered else {
         let message = format!("{namespace}/{id} is arriving or leaving already");
         return refuse(link, held, because("name", message)).await;
     };
@@ -142,6 +150,9 @@ async fn offered(
     if let Err(refusal) = offer.check_size(agent.config.max_image_bytes) {
         return refuse(link, held, refusal).await;
     }
+    // what could not be removed after an earlier move, for want of containerd, would stand in the way of this one
+    leftovers::tidy_one(&containerd, &id).await;
+    departed::hurry(&containerd, &id).await;
     let found = situation(&agent.config, &containerd, &offer).await;
     let verdict = match &found {
         Ok(found) => preflight::check(&offer, found),

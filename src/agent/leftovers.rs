@@ -111,32 +111,39 @@ async fn unfinished(containerd: &Namespace, mut placed: Placed) {
     }
 }
 
+/// What [`tidy`] calls it when it works on a container.
+pub const TIDYING: &str = "being tidied up";
+
 /// Tries again what could not be done when a container arrived, or when its arrival was undone, for want of containerd; never ends.
 pub async fn tidy(agent: Arc<Agent>) {
     loop {
         tokio::time::sleep(RETRY).await;
-        let waiting = |p: &Placed| !p.complete || p.steps.contains(&Step::Lease);
         let idle = |p: &Placed| agent.busy.what(&p.namespace, &p.id).is_none();
-        let mut left: Vec<_> = Placed::all().into_iter().filter(|p| waiting(p) && idle(p)).collect();
+        let left: Vec<_> = Placed::all().into_iter().filter(|p| is_left(p) && idle(p)).collect();
         if left.is_empty() {
             continue;
         }
         let Ok(containerd) = Containerd::connect(&agent.config.containerd).await else { continue };
-        for placed in &mut left {
-            let (namespace, id) = (placed.namespace.clone(), placed.id.clone());
-            let Some(_busy) = agent.busy.enter(&namespace, &id, "being tidied up") else { continue };
-            // it may have come to its end since it was read
-            let Some(mut placed) = Placed::load(&namespace, &id).filter(waiting) else { continue };
-            let Ok(containerd) = containerd.namespace(&namespace) else { continue };
-            match placed.complete {
-                false => unfinished(&containerd, placed).await,
-                true => {
-                    if let Err(error) = placed.release(&containerd).await {
-                        log::debug!("{namespace}/{id}: {error:#}");
-                    }
-                }
-            }
+        for Placed { namespace, id, .. } in &left {
+            let Some(_busy) = agent.busy.enter(namespace, id, TIDYING) else { continue };
+            let Ok(containerd) = containerd.namespace(namespace) else { continue };
+            tidy_one(&containerd, id).await;
         }
+    }
+}
+
+/// Whether something is still to be done for a container that came here.
+fn is_left(placed: &Placed) -> bool {
+    !placed.complete || placed.steps.contains(&Step::Lease)
+}
+
+/// Does it, for a container with which nothing else is being done now.
+pub async fn tidy_one(containerd: &Namespace, id: &str) {
+    let Some(mut placed) = Placed::load(containerd.name(), id).filter(is_left) else { return };
+    if !placed.complete {
+        unfinished(containerd, placed).await;
+    } else if let Err(error) = placed.release(containerd).await {
+        log::debug!("{}/{id}: {error:#}", containerd.name());
     }
 }
 

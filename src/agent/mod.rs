@@ -37,6 +37,7 @@ use std::{
     collections::HashMap,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -133,6 +134,28 @@ impl Busy {
         Some(BusyGuard { busy: self.clone(), key })
     }
 
+    /// [`Busy::enter`], for which somebody who is doing one of `ending` is waited for up to `patience`.
+    pub async fn enter_after(
+        &self,
+        namespace: &str,
+        id: &str,
+        what: &str,
+        ending: &[&str],
+        patience: Duration,
+    ) -> Option<BusyGuard> {
+        let since = std::time::Instant::now();
+        loop {
+            if let Some(guard) = self.enter(namespace, id, what) {
+                return Some(guard);
+            }
+            let now = self.what(namespace, id);
+            if now.is_some_and(|now| !ending.contains(&now.as_str())) || since.elapsed() > patience {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// What is being done with a container.
     pub fn what(&self, namespace: &str, id: &str) -> Option<String> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,5 +240,25 @@ mod tests {
         assert_eq!(busy.what("default", "c").as_deref(), Some("leaving"));
         drop(guard);
         assert!(busy.enter("default", "c", "x").is_some());
+    }
+
+    #[tokio::test]
+    async fn only_what_comes_to_its_end_is_waited_for() {
+        let busy = Busy::default();
+        let patience = Duration::from_secs(60);
+        let enter = || busy.enter_after("default", "c", "new", &["undone", "tidied"], patience);
+        let guard = busy.enter("default", "c", "leaving").unwrap();
+        // at once
+        let soon = tokio::time::timeout(patience / 4, enter()).await;
+        assert!(soon.is_ok_and(|entered| entered.is_none()));
+        drop(guard);
+        let guard = busy.enter("default", "c", "undone").unwrap();
+        let ends = async {
+            tokio::time::sleep(Duration::from_millis(120)).await;
+            drop(guard);
+        };
+        let (entered, ()) = tokio::join!(enter(), ends);
+        assert!(entered.is_some());
+        assert_eq!(busy.what("default", "c").as_deref(), Some("new"));
     }
 }

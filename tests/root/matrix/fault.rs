@@ -63,8 +63,8 @@ pub enum Fault {
     Cut(Way),
     /// No room where images are.
     Full(Side),
-    /// The container's memory cgroup on the destination allows less than it holds.
-    MemoryLimit,
+    /// The container's memory cgroup on that side allows no more than it holds.
+    MemoryLimit(Side),
     /// The clock of both nodes goes an hour forward, and back.
     Clock,
     /// SIGKILL for `transship migrate`.
@@ -105,7 +105,7 @@ impl Fault {
             Fault::Flutter(way) => format!("cable {} for 2 s", way.name()),
             Fault::Cut(way) => format!("cable {} for good", way.name()),
             Fault::Full(side) => format!("tmpfs of the {} full", side.name()),
-            Fault::MemoryLimit => "memory limit on the destination".into(),
+            Fault::MemoryLimit(side) => format!("memory limit on the {}", side.name()),
             Fault::Clock => "clock stepped".into(),
             Fault::CommandLine => "command line killed".into(),
         }
@@ -126,7 +126,8 @@ impl Fault {
                 matches!(place.point, "restoring" | "restore" | "held" | "commit" | "committed" | "running")
             }
             // the cgroup is there, and its tasks have not run
-            Fault::MemoryLimit => matches!(place.point, "restoring" | "restore"),
+            Fault::MemoryLimit(Side::Destination) => matches!(place.point, "restoring" | "restore"),
+            Fault::MemoryLimit(Side::Source) => place.stage < Stage::Sent,
             _ => true,
         }
     }
@@ -186,7 +187,9 @@ impl Fault {
                 _ if stage < Stage::Sent => &[Here, There],
                 _ => &[There],
             },
-            Fault::MemoryLimit => &[Here, There],
+            Fault::MemoryLimit(Destination) => &[Here, There],
+            // the kernel may kill it for want of memory, as without a migration
+            Fault::MemoryLimit(Source) => &[Here, There, Ended],
             Fault::Flutter(_) | Fault::Clock | Fault::CommandLine => &[There],
         }
     }
@@ -201,7 +204,7 @@ impl Fault {
 }
 
 /// All of them, in the order of the table.
-pub const FAULTS: [Fault; 24] = [
+pub const FAULTS: [Fault; 25] = [
     Fault::Killed(Program::Shim, Side::Source),
     Fault::Killed(Program::Shim, Side::Destination),
     Fault::Killed(Program::Agent, Side::Source),
@@ -223,7 +226,8 @@ pub const FAULTS: [Fault; 24] = [
     Fault::Silent(Program::Agent, Side::Destination),
     Fault::Full(Side::Source),
     Fault::Full(Side::Destination),
-    Fault::MemoryLimit,
+    Fault::MemoryLimit(Side::Source),
+    Fault::MemoryLimit(Side::Destination),
     Fault::Clock,
     Fault::CommandLine,
 ];

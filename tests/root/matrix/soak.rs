@@ -117,7 +117,7 @@ fn harmless(fault: Fault, place: &Place) -> bool {
     match fault {
         // what of its memory has not come is lost by many of them
         _ if !fault.applies(place) || place.stage == Stage::Following => false,
-        Fault::Killed(Program::Shim, _) | Fault::MemoryLimit | Fault::Clock | Fault::Full(_) => false,
+        Fault::Killed(Program::Shim, _) | Fault::MemoryLimit(_) | Fault::Clock | Fault::Full(_) => false,
         // with the commit on its way they may have ended by themselves
         Fault::Killed(Program::Criu | Program::Runc, _) => place.stage < Stage::Sent,
         Fault::Killed(..) | Fault::Silent(..) | Fault::Flutter(_) | Fault::Cut(_) | Fault::CommandLine => {

@@ -126,17 +126,19 @@ impl<'a> Strike<'a> {
                     "head -c 2g /dev/zero > /run/transship/images/filler 2> /dev/null || true",
                 )?;
             }
-            Fault::MemoryLimit => {
-                for (number, _) in PLACES.iter().enumerate().filter(|(_, p)| fault.applies(p)) {
-                    limit(bed, &place::id(number))?;
-                }
-            }
+            Fault::MemoryLimit(side) => strike.limited(|id| limit(bed, node(side), id))?,
             Fault::Clock => step(STEP)?,
             Fault::CommandLine => {
                 signal(&trouble::processes(bed, from, "transship migrate")?, Signal::SIGKILL);
             }
         }
         Ok(strike)
+    }
+
+    /// Does something to the containers of all places where this fault applies.
+    fn limited(&self, work: impl Fn(&str) -> Result<()>) -> Result<()> {
+        let applies = |place: &(usize, &place::Place)| self.fault.applies(place.1);
+        PLACES.iter().enumerate().filter(applies).try_for_each(|(number, _)| work(&place::id(number)))
     }
 
     /// What lasts for a time ends by itself; called when everybody is free to go on.
@@ -173,7 +175,8 @@ impl<'a> Strike<'a> {
             Fault::Flutter(_) | Fault::Cut(_) => switch(bed, "delete table bridge cut"),
             Fault::Full(side) => bed.ok(node(side), &["rm", "-f", "/run/transship/images/filler"]).map(drop),
             Fault::Clock => step(-STEP),
-            Fault::Killed(..) | Fault::MemoryLimit | Fault::CommandLine => Ok(()),
+            Fault::MemoryLimit(side) => self.limited(|id| unlimit(bed, node(side), id)),
+            Fault::Killed(..) | Fault::CommandLine => Ok(()),
         }
     }
 }
@@ -186,12 +189,21 @@ impl Drop for Strike<'_> {
     }
 }
 
-/// Allows a container on the destination no more memory than it has: cgroup v1 refuses a limit below that, v2 would make room by killing.
-fn limit(bed: &Bed, id: &str) -> Result<()> {
+/// Allows a container no more memory than it has: cgroup v1 refuses a limit below that, v2 would make room by killing.
+fn limit(bed: &Bed, node: Node, id: &str) -> Result<()> {
     let script = format!(
         "cd /sys/fs/cgroup/memory/default/{id} 2> /dev/null && for i in $(seq 50); do
            echo $(($(cat memory.usage_in_bytes) + 65536)) 2> /dev/null > memory.limit_in_bytes && exit 0; done
          cd /sys/fs/cgroup/default/{id} && echo $(($(cat memory.current) + 65536)) > memory.max"
     );
-    wait_for(Duration::from_secs(5), "the limit", || Ok(bed.sh(Node::B, &script).is_ok()))
+    wait_for(Duration::from_secs(5), "the limit", || Ok(bed.sh(node, &script).is_ok()))
+}
+
+/// Takes the limit away, where the container still is.
+fn unlimit(bed: &Bed, node: Node, id: &str) -> Result<()> {
+    let script = format!(
+        "if cd /sys/fs/cgroup/memory/default/{id}; then echo -1 > memory.limit_in_bytes
+         elif cd /sys/fs/cgroup/default/{id}; then echo max > memory.max; fi 2> /dev/null || true"
+    );
+    bed.sh(node, &script).map(drop)
 }

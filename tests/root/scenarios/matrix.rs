@@ -40,5 +40,5 @@ fn silent(bed: &Bed) -> Result<()> {
 }
 
 fn other(bed: &Bed) -> Result<()> {
-    part(bed, |f| matches!(f, Fault::Full(_) | Fault::MemoryLimit | Fault::Clock | Fault::CommandLine))
+    part(bed, |f| matches!(f, Fault::Full(_) | Fault::MemoryLimit(_) | Fault::Clock | Fault::CommandLine))
 }
