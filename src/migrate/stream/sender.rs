@@ -123,7 +123,7 @@ impl<'a> Sender<'a> {
         self.counter.totals.tmpfs_bytes += bytes;
     }
 
-    /// Bytes sent so far, see [`Wire::bytes`].
+    /// Bytes sent so far, see [`Wire::bytes`](crate::migrate::wire::Wire::bytes).
     pub fn sent(&self) -> u64 {
         self.link.wire().bytes().0
     }

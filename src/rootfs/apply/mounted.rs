@@ -36,7 +36,8 @@ impl Apply {
     /// that is no overlay's. Between two rounds only.
     ///
     /// An entry that cannot be made that way has `unmount` called, which must take the mount away (and with it whoever
-    /// uses it); the rest then goes into the layer itself, [`Stats::unmounted`] tells of it, and the caller mounts anew.
+    /// uses it); the rest then goes into the layer itself, [`Stats::unmounted`](crate::rootfs::Stats::unmounted) tells of
+    /// it, and the caller mounts anew.
     /// Without `unmount` the entry is refused with [`NeedsUnmount`] and can be applied again after [`Apply::unmounted`].
     ///
     /// # Errors
