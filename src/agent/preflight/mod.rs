@@ -1,9 +1,11 @@
-//! Does the destination want this container? Every reason against it is found before anything is made. Pure.
+//! Does the destination want this container? Every reason against it is found before anything is made. Pure. Which
+//! features of a CPU count is said in [`cpu`].
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-};
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeMap, path::PathBuf};
 
 use super::{
     host::HostFacts,
@@ -16,118 +18,12 @@ use crate::{
     policy::{self, Policy, Violation, host::Source},
 };
 
+pub use cpu::missing_features;
+
 /// The most blobs that one image may bring.
 const BLOBS: usize = 4096;
 /// So many things against a spec are named; the rest is counted.
 const NAMED: usize = 5;
-
-/// CPU features of x86 that programs use without asking the kernel first, in the kernel's words. Others in
-/// `/proc/cpuinfo` are the kernel's own business (mitigations, virtualisation, power) and may differ.
-const X86_USER: &[&str] = &[
-    "3dnow",
-    "3dnowext",
-    "3dnowprefetch",
-    "abm",
-    "adx",
-    "aes",
-    "amx_bf16",
-    "amx_complex",
-    "amx_fp16",
-    "amx_int8",
-    "amx_tile",
-    "avx",
-    "avx2",
-    "avx512_4fmaps",
-    "avx512_4vnniw",
-    "avx512_bf16",
-    "avx512_bitalg",
-    "avx512_fp16",
-    "avx512_vbmi2",
-    "avx512_vnni",
-    "avx512_vp2intersect",
-    "avx512_vpopcntdq",
-    "avx512bw",
-    "avx512cd",
-    "avx512dq",
-    "avx512er",
-    "avx512f",
-    "avx512ifma",
-    "avx512pf",
-    "avx512vbmi",
-    "avx512vl",
-    "avx_ifma",
-    "avx_ne_convert",
-    "avx_vnni",
-    "avx_vnni_int16",
-    "avx_vnni_int8",
-    "bmi1",
-    "bmi2",
-    "cldemote",
-    "clflushopt",
-    "clwb",
-    "clzero",
-    "cmov",
-    "cmpccxadd",
-    "cx16",
-    "cx8",
-    "enqcmd",
-    "erms",
-    "f16c",
-    "fma",
-    "fma4",
-    "fsgsbase",
-    "fsrm",
-    "fxsr",
-    "gfni",
-    "hle",
-    "lahf_lm",
-    "lwp",
-    "mmx",
-    "mmxext",
-    "movbe",
-    "movdir64b",
-    "movdiri",
-    "mwaitx",
-    "ospke",
-    "pclmulqdq",
-    "pku",
-    "pni",
-    "popcnt",
-    "ptwrite",
-    "rdpid",
-    "rdrand",
-    "rdseed",
-    "rdtscp",
-    "rtm",
-    "serialize",
-    "sha512",
-    "sha_ni",
-    "sm3",
-    "sm4",
-    "sse",
-    "sse2",
-    "sse4_1",
-    "sse4_2",
-    "sse4a",
-    "ssse3",
-    "tbm",
-    "user_shstk",
-    "vaes",
-    "vpclmulqdq",
-    "waitpkg",
-    "x87",
-    "xop",
-    "xsave",
-    "xsavec",
-    "xsaveopt",
-];
-
-/// CPU features that programs on the source could be using and that the destination lacks.
-pub fn missing_features(arch: &str, source: &BTreeSet<String>, here: &BTreeSet<String>) -> Vec<String> {
-    // on arm64 the kernel lists only what is meant for programs
-    let for_programs = |f: &&String| arch != "x86_64" || X86_USER.contains(&f.as_str());
-    source.difference(here).filter(for_programs).cloned().collect()
-}
 
 /// What the destination looked up before it decides.
 #[derive(Clone, Debug, Default)]
@@ -415,148 +311,4 @@ fn room(memory: u64, times: u64) -> u64 {
 
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use serde_json::json;
-
-    use super::*;
-    use crate::containerd::image::{Blob, digest_of};
-
-    fn blob(digest: &str, size: u64) -> Blob {
-        Blob { digest: digest.into(), size, ..Blob::default() }
-    }
-
-    fn set(words: &str) -> BTreeSet<String> {
-        words.split_whitespace().map(String::from).collect()
-    }
-
-    fn host() -> HostFacts {
-        HostFacts {
-            arch: "x86_64".into(),
-            cpu: set("sse2 avx2 ibrs"),
-            kernel: "6.18".into(),
-            page_size: 4096,
-            criu: "4.2.1".into(),
-            runc: "1.1.15".into(),
-            cgroup: "v2".into(),
-        }
-    }
-
-    fn offer() -> Offer {
-        let mut offer = Offer { host: host(), memory: 1 << 30, runtime: "runc".into(), ..Default::default() };
-        offer.namespace = "default".into();
-        offer.net = Some(Default::default());
-        offer.record = crate::policy::tests::record("ctr-1.7");
-        offer.record.spec["linux"]["namespaces"][4]["path"] = json!("/run/netns/x");
-        let mounts = offer.record.spec["mounts"].as_array_mut().unwrap();
-        mounts.push(json!({"destination": "/data", "type": "bind", "source": "/srv/data"}));
-        offer
-    }
-
-    fn situation() -> Situation {
-        Situation {
-            host: host(),
-            images_free: 4 << 30,
-            images_in_memory: true,
-            memory_available: 4 << 30,
-            bridge: Some(Ok("cni0".into())),
-            mounts: [(PathBuf::from("/srv/data"), Source::Fine)].into(),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn versions_compare_by_major_and_minor() {
-        assert!(older("3.17.1", "4.2") && older("4.1.1", "4.2.1"));
-        assert!(
-            !older("4.2", "4.2.1") && !older("4.2.1", "4.2") && !older("", "4.2") && !older("4.2", "git")
-        );
-    }
-
-    #[test]
-    fn a_fit_node_takes_it() {
-        check(&offer(), &situation()).unwrap();
-    }
-
-    type Change = fn(&mut Offer, &mut Situation);
-
-    #[test]
-    fn each_reason_has_its_code() {
-        let cases: &[(&str, Change)] = &[
-            ("name", |_, s| s.taken = Some("x".into())),
-            ("cpu", |o, _| o.host.cpu.extend(set("avx512f ssbd"))),
-            ("cpu", |o, _| o.host.arch = "aarch64".into()),
-            ("cpu", |o, _| o.host.page_size = 65536),
-            ("room", |_, s| s.images_free = 1 << 30),
-            ("memory", |_, s| s.memory_available = 2 << 30),
-            ("mounts", |_, s| s.mounts.clear()),
-            ("mounts", |_, s| *s.mounts.get_mut(Path::new("/srv/data")).unwrap() = Source::Missing),
-            ("mounts", |_, s| {
-                *s.mounts.get_mut(Path::new("/srv/data")).unwrap() = Source::Astray("x".into())
-            }),
-            ("network", |o, _| o.net = None),
-            ("policy", |o, _| o.record.spec["hooks"] = json!({"prestart": [{"path": "/bin/sh"}]})),
-            ("policy", |o, _| o.record.runtime = "/tmp/shim".into()),
-            ("image", |o, _| o.blobs = vec![blob("sha256:../../x", 1)]),
-            ("image", |o, _| {
-                o.blobs = vec![blob(&digest_of(b"a"), 1 << 62), blob(&digest_of(b"b"), 1 << 62)]
-            }),
-            ("image", |o, _| o.blobs = vec![blob(&digest_of(b"a"), 1); BLOBS + 1]),
-            ("criu", |_, s| s.host.criu.clear()),
-            ("runtime", |_, s| s.host.runc.clear()),
-            ("cgroup", |_, s| s.host.cgroup = "v1".into()),
-            ("bridge", |_, s| s.bridge = Some(Err("cni0".into()))),
-            ("snapshotter", |_, s| s.snapshotter = Some("not loaded".into())),
-            ("netns", |_, s| s.netns_taken = Some("/run/netns/x".into())),
-            ("network", |o, _| o.record.spec["linux"]["namespaces"] = json!([{"type": "pid"}])),
-            ("pid", |o, _| o.record.spec["linux"]["namespaces"] = json!([{"type": "network"}])),
-        ];
-        for (code, change) in cases {
-            let (mut offer, mut situation) = (offer(), situation());
-            change(&mut offer, &mut situation);
-            let refusal = check(&offer, &situation).unwrap_err();
-            assert_eq!(refusal.code, *code, "{refusal:?}");
-            assert!(!refusal.message.is_empty());
-        }
-    }
-
-    #[test]
-    fn what_the_policy_does_not_allow_is_named_with_its_key() {
-        let (mut offer, mut situation) = (offer(), situation());
-        offer.record.spec["process"]["capabilities"]["bounding"] = json!(["CAP_SYS_ADMIN"]);
-        let said = check(&offer, &situation).unwrap_err();
-        assert!(said.message.contains("CAP_SYS_ADMIN") && said.advice.contains("`capabilities`"), "{said:?}");
-        situation.policy.capabilities = vec!["CAP_SYS_ADMIN".into()];
-        check(&offer, &situation).unwrap();
-        offer.record.labels = (0..9).map(|n| (format!("nerdctl/{n}"), String::new())).collect();
-        let said = check(&offer, &situation).unwrap_err();
-        assert!(
-            said.message.ends_with("and 4 more") && said.advice.matches("`labels`").count() == 1,
-            "{said:?}"
-        );
-    }
-
-    #[test]
-    fn only_features_for_programs_count() {
-        assert!(missing_features("x86_64", &set("ibrs sse2"), &set("sse2")).is_empty());
-        assert_eq!(missing_features("x86_64", &set("avx512f sse2"), &set("sse2")), ["avx512f"]);
-        assert_eq!(missing_features("aarch64", &set("sve"), &set("")), ["sve"]);
-        let (mut offer, situation) = (offer(), situation());
-        offer.host.cpu.insert("avx512f".into());
-        offer.ignore_cpu = true;
-        check(&offer, &situation).unwrap();
-    }
-
-    #[test]
-    fn a_cold_move_needs_no_memory_nor_criu() {
-        let (mut offer, mut situation) = (offer(), situation());
-        (offer.cold, situation.images_free, situation.memory_available) = (true, 0, 0);
-        situation.host.criu.clear();
-        offer.host.cpu.insert("avx512f".into());
-        check(&offer, &situation).unwrap();
-    }
 }
