@@ -27,6 +27,7 @@ use anyhow::{Context, Result, bail, ensure};
 use self::fault::{Fate, Fault};
 use self::fleet::{Fleet, fate, states};
 use self::place::{PLACES, Side, Stage};
+pub use self::strike::start_containerd;
 use self::strike::{Strike, node};
 use self::table::Cell;
 use crate::bed::{Bed, Containerd, Node, patient, wait_for};

@@ -24,6 +24,11 @@ for i in $(seq 200); do ctr version > /dev/null 2>&1 && exit 0; sleep 0.05; done
 tail -20 /run/containerd-again.log; exit 1
 "#;
 
+/// Starts containerd, which has ended in a node.
+pub fn start_containerd(bed: &Bed, node: Node) -> Result<()> {
+    bed.sh(node, CONTAINERD).map(drop)
+}
+
 /// The node of a side, where containers come from this one.
 pub fn node(side: Side, from: Node) -> Node {
     match side {
@@ -167,7 +172,7 @@ impl<'a> Strike<'a> {
                 bed.ok(node(side), &["rm", "-f", "/run/transship/agent.sock"])?;
                 bed.start_agent(node(side))
             }
-            Fault::Killed(Program::Containerd, side) => bed.sh(node(side), CONTAINERD).map(drop),
+            Fault::Killed(Program::Containerd, side) => start_containerd(bed, node(side)),
             Fault::Silent(..) => {
                 signal(&self.stopped, Signal::SIGCONT);
                 Ok(())

@@ -49,6 +49,7 @@ mod trouble_dump;
 mod trouble_files;
 mod trouble_peers;
 mod trouble_policy;
+mod trouble_reboot;
 mod trouble_refused;
 
 use crate::Scenario;
@@ -105,6 +106,7 @@ pub fn all() -> impl Iterator<Item = &'static Scenario> {
         trouble_files::ALL,
         trouble_peers::ALL,
         trouble_policy::ALL,
+        trouble_reboot::ALL,
         trouble_refused::ALL,
     ]
     .into_iter()
