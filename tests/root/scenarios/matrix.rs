@@ -1,4 +1,4 @@
-//! The fault matrix, in parts: what is killed, the cable, what is silent, want of room and time; and many moves. See [`crate::matrix`].
+//! The fault matrix, in two parts: what is killed, and what happens around; and many moves. See [`crate::matrix`].
 
 use anyhow::Result;
 
@@ -10,9 +10,8 @@ use crate::requirements::Needs;
 /// The scenarios of this file.
 pub const ALL: &[Scenario] = &[
     Scenario { name: "matrix_killed", needs: Needs::Migration, run: killed },
-    Scenario { name: "matrix_cable", needs: Needs::Migration, run: cable },
-    Scenario { name: "matrix_silent", needs: Needs::Migration, run: silent },
-    Scenario { name: "matrix_other", needs: Needs::Migration, run: other },
+    // the cable, what is silent, want of room, time
+    Scenario { name: "matrix_around", needs: Needs::Migration, run: around },
     Scenario { name: "load_crossing", needs: Needs::Migration, run: matrix::soak::crossing },
     Scenario { name: "load_soak", needs: Needs::Migration, run: soak },
 ];
@@ -23,22 +22,10 @@ fn soak(bed: &Bed) -> Result<()> {
     matrix::soak::soak(bed, minutes.unwrap_or(0.0))
 }
 
-fn part(bed: &Bed, wanted: fn(&Fault) -> bool) -> Result<()> {
-    matrix::run(bed, FAULTS.into_iter().filter(wanted))
-}
-
 fn killed(bed: &Bed) -> Result<()> {
-    part(bed, |f| matches!(f, Fault::Killed(..)))
+    matrix::run(bed, FAULTS.into_iter().filter(|f| matches!(f, Fault::Killed(..))))
 }
 
-fn cable(bed: &Bed) -> Result<()> {
-    part(bed, |f| matches!(f, Fault::Flutter(_) | Fault::Cut(_)))
-}
-
-fn silent(bed: &Bed) -> Result<()> {
-    part(bed, |f| matches!(f, Fault::Silent(..)))
-}
-
-fn other(bed: &Bed) -> Result<()> {
-    part(bed, |f| matches!(f, Fault::Full(_) | Fault::MemoryLimit(_) | Fault::Clock | Fault::CommandLine))
+fn around(bed: &Bed) -> Result<()> {
+    matrix::run(bed, FAULTS.into_iter().filter(|f| !matches!(f, Fault::Killed(..))))
 }
