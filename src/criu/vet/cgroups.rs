@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Measure, Subject, image, tasks};
+use super::{Measure, Subject, image, namespaces};
 use crate::policy::model::Spec;
 
 const CGROUP_MAGIC: u32 = 0x5938_3330;
@@ -77,7 +77,7 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec) -> Result<()> {
         return Ok(());
     };
     // runc has put CRIU, and so the tasks, where they belong; a dump of ours leaves the rest out
-    let none = matches!(subject.measure, Measure::Policy { .. }) && !tasks::has_own(spec, "cgroup");
+    let none = matches!(subject.measure, Measure::Policy { .. }) && !namespaces::has_own(spec, "cgroup");
     ensure!(all.len() <= 1, "cgroup.img has {} entries", all.len());
     for cgroups in &all {
         let empty = members(cgroups).next().is_none() && cgroups.controllers.is_empty();

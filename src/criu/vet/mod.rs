@@ -9,7 +9,8 @@
 //! | `names` | which files may be there, and what runc reads itself |
 //! | `local` | a spec of this node's, which may have fields that are new |
 //! | `image` | an image's entries |
-//! | `tasks` | namespaces, users, credentials, filters of every task and thread |
+//! | `tasks`, `namespaces` | namespaces, users, credentials of every task and thread |
+//! | `seccomp`, `bpf`, `syscalls` | what their filters let through |
 //! | `limits` | their rlimits and priorities |
 //! | `mounts` | the mount table |
 //! | `files` | kinds of open files |
@@ -27,8 +28,12 @@
 //!   makes a namespace when a task's number differs from its own in `inventory.img`; an image in which they are equal would have restored the
 //!   tasks in the node's namespaces. IDs are mapped as in the spec.
 //! - No capability beyond the spec's, in any set of any thread. With `noNewPrivileges` in the spec no task without it, and without
-//!   `CAP_SETUID` and `CAP_SETGID` no user or group but the spec's. A seccomp filter where the spec has one. The AppArmor profile or SELinux
+//!   `CAP_SETUID` and `CAP_SETGID` no user or group but the spec's. The AppArmor profile or SELinux
 //!   label of the spec, and no policy data. No `oom_score_adj` below the policy's.
+//! - A seccomp filter where the spec has one, which lets no system call through that the spec refuses, in no ABI of the processor: its program is
+//!   run for each number, both ways where an argument decides. Shown for containerd's default profile as runc's and crun's libseccomp
+//!   make it. A name that the source's libseccomp did not know yet is refused there by a list of what is allowed, but let through by a list of
+//!   what is not: such a container is refused here, and has to be started anew.
 //! - No rlimit above the spec's, no real-time scheduling, no nice value below 0 (or this node's own): unless by a capability, a limit or a
 //!   scheduler of the spec's, or the policy.
 //! - The mount table: file systems of the spec at the places of the spec; no bind mount of any other place (its source is a path that CRIU
@@ -60,12 +65,14 @@
 //! - CRIU opens the tasks' files with all capabilities. What only a capability guards at the time of opening, and no mount, device rule or
 //!   owner, a hostile image can have opened: the kernel's log (`/proc/kmsg`) and addresses (`/proc/kallsyms`). A text check would not do,
 //!   as the path may lead through a link of the container's.
-//! - Of a seccomp filter only its being there is checked, not what it says.
+//! - Of a seccomp filter the conditions on arguments are not compared: what the spec allows with some, it may allow with any. Processors other
+//!   than x86-64 and 64-bit ARM have no tables here: there only the filter's being there is checked.
 //! - Timers and pending signals are as the image has them; so are properties of cgroups below the container's own, which are made anew, and
 //!   addresses and routes in a network namespace that crun makes anew.
 //! - `ctr c restore` takes the spec itself out of the checkpoint: it is then no measure, and containerd does what it says.
 //! - CRIU's own decoders run as root over all of it.
 
+mod bpf;
 mod cgroups;
 mod files;
 mod image;
@@ -73,7 +80,10 @@ mod limits;
 mod local;
 mod mounts;
 mod names;
+mod namespaces;
 mod network;
+mod seccomp;
+mod syscalls;
 mod tasks;
 #[cfg(test)]
 mod tests;

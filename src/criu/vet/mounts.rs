@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 
-use super::{Caps, Measure, Subject, image, tasks};
+use super::{Caps, Measure, Subject, image, namespaces};
 use crate::criu::options::{MASKED_FILE, resolve_in_root};
 use crate::policy::{self, model::Spec};
 
@@ -209,7 +209,7 @@ impl Expected {
             readonly: paths(linux.and_then(|l| l.readonly_paths.as_ref())),
             devices: own.chain(usual).collect(),
             readonly_root: spec.root.as_ref().is_some_and(|r| r.readonly == Some(true)),
-            own_cgroups: tasks::has_own(spec, "cgroup"),
+            own_cgroups: namespaces::has_own(spec, "cgroup"),
             unmasked: measure.allowed_by("unmasked_paths"),
         }
     }

@@ -1,15 +1,17 @@
 //! Tasks: `inventory.img`, `pstree.img`, `ids-*.img`, `core-*.img`, `userns-*.img`.
 
-use std::os::unix::fs::MetadataExt;
+use std::cell::RefCell;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::limits::{Bounds, Inherited, Limits};
-use super::{Caps, Measure, Subject, image, limits};
+use super::namespaces::{has_own, is_apart};
+use super::seccomp::Judge;
+use super::{Caps, Measure, Subject, image, limits, namespaces};
 use crate::policy::config::Required;
-use crate::policy::model::{IdMapping, Namespace, Spec};
+use crate::policy::model::{IdMapping, Spec};
 
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const PSTREE_MAGIC: u32 = 0x5027_3030;
@@ -71,6 +73,8 @@ pub struct Task {
     pub rlimits: Option<Limits>,
     #[prost(uint32, optional, tag = "11")]
     pub old_seccomp_mode: Option<u32>,
+    #[prost(uint32, optional, tag = "12")]
+    pub old_seccomp_filter: Option<u32>,
     #[prost(int32, optional, tag = "14")]
     pub oom_score_adj: Option<i32>,
 }
@@ -86,6 +90,8 @@ pub struct Thread {
     pub creds: Option<Creds>,
     #[prost(uint32, optional, tag = "11")]
     pub seccomp_mode: Option<u32>,
+    #[prost(uint32, optional, tag = "12")]
+    pub seccomp_filter: Option<u32>,
 }
 
 /// `creds_entry`.
@@ -163,6 +169,8 @@ struct Demands<'a> {
     /// The lowest `oom_score_adj`.
     oom: i64,
     bounds: Bounds,
+    /// None: the spec has no filter.
+    filters: Option<RefCell<Judge>>,
 }
 
 pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
@@ -179,8 +187,16 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()
         "the checkpoint's first process is not process 1 of a pid namespace of its own"
     );
     let bounds = Bounds::of(spec, caps, &subject.measure, Inherited::here());
-    let demands =
-        Demands { subject, spec, caps, outside, oom: oom_floor(&subject.measure, spec, caps), bounds };
+    let filters = Judge::new(images, spec)?.map(RefCell::new);
+    let demands = Demands {
+        subject,
+        spec,
+        caps,
+        outside,
+        oom: oom_floor(&subject.measure, spec, caps),
+        bounds,
+        filters,
+    };
     for process in &tree {
         let ids: Vec<Ids> =
             image::read(&images.join(format!("ids-{}.img", process.pid)), IDS_MAGIC)?.unwrap_or_default();
@@ -310,9 +326,11 @@ impl Demands<'_> {
         if asked {
             self.user(creds)?;
         }
-        let filtered = self.spec.linux.as_ref().is_some_and(|l| l.seccomp.is_some());
-        let mode = thread.seccomp_mode.or(task.and_then(|t| t.old_seccomp_mode));
-        ensure!(!filtered || mode == Some(FILTER), "it has no seccomp filter, which the spec has");
+        if let Some(judge) = &self.filters {
+            let mode = thread.seccomp_mode.or(task.and_then(|t| t.old_seccomp_mode));
+            ensure!(mode == Some(FILTER), "it has no seccomp filter, which the spec has");
+            judge.borrow_mut().judge(thread.seccomp_filter.or(task.and_then(|t| t.old_seccomp_filter)))?;
+        }
         ensure!(creds.apparmor_data.is_none(), "it brings a policy of AppArmor");
         let profile =
             process.and_then(|p| p.apparmor_profile.as_deref()).filter(|p| !matches!(*p, "" | "unconfined"));
@@ -362,30 +380,8 @@ impl Demands<'_> {
     }
 }
 
-fn namespaces(spec: &Spec) -> impl Iterator<Item = &Namespace> {
-    spec.linux.iter().flat_map(|l| l.namespaces.iter().flatten())
-}
-
-/// A namespace that is made for the container, not one by path.
-pub(super) fn has_own(spec: &Spec, kind: &str) -> bool {
-    namespaces(spec).any(|n| n.kind == kind && n.path.as_deref().unwrap_or_default().is_empty())
-}
-
-/// Not in this node's own namespace, by which a path may lead as well.
-fn is_apart(spec: &Spec, kind: &str) -> bool {
-    let Some(namespace) = namespaces(spec).find(|n| n.kind == kind) else { return false };
-    let file = match kind {
-        "network" => "net",
-        "mount" => "mnt",
-        other => other,
-    };
-    let inode = |path: &str| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    let there = namespace.path.as_deref().filter(|p| !p.is_empty()).and_then(inode);
-    there.is_none() || there != inode(&format!("/proc/self/ns/{file}"))
-}
-
 fn has_user(spec: &Spec) -> bool {
-    namespaces(spec).any(|n| n.kind == "user")
+    namespaces::all(spec).any(|n| n.kind == "user")
 }
 
 fn user_namespace(images: &Path, spec: &Spec) -> Result<()> {

@@ -13,7 +13,7 @@ use super::*;
 use crate::criu::images::IMG_COMMON_MAGIC;
 use crate::policy::config::Required;
 
-const RECORDED: [(&str, &[u8]); 7] = [
+pub(super) const RECORDED: [(&str, &[u8]); 8] = [
     ("inventory.img", include_bytes!("recorded/inventory.img")),
     ("pstree.img", include_bytes!("recorded/pstree.img")),
     ("ids-1.img", include_bytes!("recorded/ids-1.img")),
@@ -21,6 +21,8 @@ const RECORDED: [(&str, &[u8]); 7] = [
     ("files.img", include_bytes!("recorded/files.img")),
     ("cgroup.img", include_bytes!("recorded/cgroup.img")),
     ("mountpoints-12.img", include_bytes!("recorded/mountpoints-12.img")),
+    // of another container with the same profile: runc 1.3, libseccomp 2.6
+    ("seccomp.img", include_bytes!("recorded/seccomp.img")),
 ];
 
 /// A bundle and images, as they lie before a restore.

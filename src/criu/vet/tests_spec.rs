@@ -6,10 +6,12 @@ use std::fs;
 use super::cgroups::{Cgroups, Controller, Dir, Member, Property, Set};
 use super::limits::{Limit, Limits};
 use super::mounts::{Mount, TMPFS};
+use super::seccomp::{Filter, Filters};
 use super::tasks::{Creds, Ids, Process, Thread};
 use super::tests::{Bed, at};
 
 const RUNC_CGROUPS: &[u8] = include_bytes!("recorded/runc-cgroup.img");
+const CRUN_SECCOMP: &[u8] = include_bytes!("recorded/crun-seccomp.img");
 const CRUN_CGROUPS: &[u8] = include_bytes!("recorded/crun-cgroup.img");
 
 /// As containerd passes them to a shim.
@@ -364,4 +366,36 @@ fn mounts_of_a_spec_of_this_node() {
     let bed = self::bed();
     bed.mounts(|all| at(all, "/sys/firmware").key = Some("/run/crun/.empty-directory".into()));
     bed.verdict().unwrap();
+}
+
+/// containerd's default profile on x86-64, by runc's and by crun's libseccomp.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn filters_of_runtimes_are_what_the_spec_says() {
+    let mut bed = bed();
+    fs::write(bed.images().join("seccomp.img"), CRUN_SECCOMP).unwrap();
+    bed.verdict().unwrap();
+    // a word less in the spec than the filter lets through, in each ABI that it lists
+    for name in ["read", "socket", "msync", "chown32", "pwritev2"] {
+        let spec = bed.spec.clone();
+        for entry in bed.spec["linux"]["seccomp"]["syscalls"].as_array_mut().unwrap() {
+            entry["names"].as_array_mut().unwrap().retain(|n| n != name);
+        }
+        bed.refused(&format!("laxer than the spec: {name} "));
+        bed.spec = spec;
+    }
+    // everything allowed by the old ABI alone
+    let allow = [0x06u16.to_ne_bytes().to_vec(), vec![0, 0], 0x7fff_0000u32.to_ne_bytes().to_vec()].concat();
+    bed.change::<Filters>("seccomp.img", |all| {
+        all[0].all = vec![Filter { program: allow, ..Filter::default() }]
+    });
+    bed.refused("is allowed");
+    bed.change::<Filters>("seccomp.img", |all| all[0].all[0].flags = Some(4));
+    bed.refused("flags 0x4");
+    bed.change::<Filters>("seccomp.img", |all| all[0].all[0].flags = Some(3));
+    bed.refused("is allowed");
+    bed.change::<Filters>("seccomp.img", |all| all[0].all[0].program.truncate(7));
+    bed.refused("7 bytes");
+    bed.change::<Filters>("seccomp.img", |all| all[0].all.clear());
+    bed.refused("no seccomp filter 0");
 }
