@@ -9,10 +9,10 @@ use std::collections::HashSet;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Measure, Subject, image, namespaces};
+use super::{Caps, Measure, Subject, image, namespaces};
 use crate::policy::model::Spec;
 
-const CGROUP_MAGIC: u32 = 0x5938_3330;
+pub(super) const CGROUP_MAGIC: u32 = 0x5938_3330;
 
 /// `cgroup_entry`.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -72,7 +72,7 @@ pub struct Property {
     pub value: String,
 }
 
-pub(super) fn check(subject: &Subject<'_>, spec: &Spec) -> Result<()> {
+pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
     let Some(all) = image::read::<Cgroups>(&subject.images.join("cgroup.img"), CGROUP_MAGIC)? else {
         return Ok(());
     };
@@ -85,7 +85,8 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec) -> Result<()> {
             empty || !none,
             "the checkpoint says which cgroups of this node its tasks are to be put into"
         );
-        one(cgroups)?;
+        // systemd in a container has several folders, and no task in the one above them; it has to be able to make them
+        one(cgroups, caps.has("CAP_SYS_ADMIN"))?;
     }
     Ok(())
 }
@@ -94,7 +95,8 @@ fn members(cgroups: &Cgroups) -> impl Iterator<Item = &Member> {
     cgroups.sets.iter().flat_map(|s| &s.members)
 }
 
-fn one(cgroups: &Cgroups) -> Result<()> {
+/// `many`: a hierarchy may have several folders.
+pub(super) fn one(cgroups: &Cgroups, many: bool) -> Result<()> {
     let mut seen = HashSet::new();
     for controller in &cgroups.controllers {
         ensure!(!controller.names.is_empty(), "the checkpoint has a hierarchy of cgroups without a name");
@@ -103,6 +105,9 @@ fn one(cgroups: &Cgroups) -> Result<()> {
             ensure!(seen.insert(name), "the checkpoint has the hierarchy of cgroups {name:?} twice");
         }
         controller.dirs.iter().try_for_each(|d| dir(d, 0))?;
+        // a second folder is compared with what the first has made of the paths
+        let folders = controller.dirs.len();
+        ensure!(folders <= 1 || many, "the checkpoint has {folders} folders of cgroups, not one");
         for dir in &controller.dirs {
             ensure!(!dir.name.starts_with('/'), "the checkpoint makes the cgroup {:?}", dir.name);
             let used =
@@ -137,7 +142,6 @@ fn put(member: &Member, dirs: &[Dir]) -> Result<()> {
             ensure!(dirs.iter().any(|d| is_below(&member.path, &d.name)), "no folder for it");
         }
         None => {
-            // a second folder would be compared with what the first has made of the path
             ensure!(dirs.len() == 1, "{} folders, not one", dirs.len());
             ensure!(is_below(&member.path, &dirs[0].name), "its folder is {:?}", dirs[0].name);
         }
@@ -177,4 +181,89 @@ fn plain(path: &str) -> bool {
 fn is_below(path: &str, dir: &str) -> bool {
     let (path, dir) = (path.strip_prefix('/').unwrap_or(path), dir.strip_prefix('/').unwrap_or(dir));
     path == dir || !dir.is_empty() && path.strip_prefix(dir).is_some_and(|rest| rest.starts_with('/'))
+}
+
+/// What CRIU makes of an image (`rewrite_cgroup_roots`): paths of members and folders, for this cgroup of the container.
+#[cfg(any(test, fuzzing))]
+fn rewritten(mut cgroups: Cgroups, root: &str) -> (Vec<String>, Vec<String>) {
+    let mut folders = Vec::new();
+    for controller in cgroups.controllers.clone() {
+        for dir in &controller.dirs {
+            let mut folder = None;
+            let members = cgroups.sets.iter_mut().flat_map(|s| &mut s.members);
+            for member in members.filter(|m| controller.names.contains(&m.name)) {
+                if !member.path.get(1..).is_some_and(|p| p.starts_with(&dir.name)) {
+                    continue;
+                }
+                match member.prefix.filter(|p| *p > 0) {
+                    Some(prefix) => {
+                        member.path = [root, &member.path[prefix as usize..]].concat();
+                        folder.get_or_insert([root, &dir.name[prefix as usize - 1..]].concat());
+                        member.prefix = Some(root.len() as u32);
+                    }
+                    None => {
+                        member.path = [root, &member.path[dir.name.len() + 1..]].concat();
+                        folder.get_or_insert(root.to_string());
+                    }
+                }
+            }
+            folders.push(folder.unwrap_or_else(|| dir.name.clone()));
+        }
+    }
+    (members(&cgroups).map(|m| m.path.clone()).collect(), folders)
+}
+
+/// Everything that CRIU would make or use of it lies in the container's cgroup.
+#[cfg(any(test, fuzzing))]
+pub(super) fn stays_below(cgroups: &Cgroups, root: &str) {
+    let (members, folders) = rewritten(cgroups.clone(), root);
+    let fine = |p: &String| p == root || p.starts_with(&format!("{root}/"));
+    assert!(members.iter().chain(&folders).all(fine), "{cgroups:?} in {root}: {members:?} {folders:?}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever is let through ends up in the container's own cgroup, wherever that is: tried with all small images of one hierarchy.
+    #[test]
+    fn nothing_that_passes_ends_up_beside_the_containers_cgroup() {
+        let names = ["", "a", "ab", "a/b", "a/bc", "b"];
+        let (mut passed, mut refused) = (0, 0);
+        let mut paths: Vec<(String, Option<u32>)> = Vec::new();
+        for name in names {
+            let path = format!("/{name}");
+            paths.extend((0..=path.len() as u32 + 1).map(|p| (path.clone(), (p > 0).then_some(p))));
+        }
+        let mut folders: Vec<Vec<&str>> = names.iter().map(|n| vec![*n]).collect();
+        folders.extend(names.iter().flat_map(|a| names.iter().map(move |b| vec![*a, *b])));
+        for first in &paths {
+            for second in &paths {
+                for dirs in &folders {
+                    let member = |(path, prefix): &(String, Option<u32>)| Member {
+                        name: "memory".into(),
+                        path: path.clone(),
+                        prefix: *prefix,
+                    };
+                    let dir = |name: &&str| Dir { name: name.to_string(), ..Dir::default() };
+                    let cgroups = Cgroups {
+                        sets: vec![Set { id: 2, members: vec![member(first), member(second)] }],
+                        controllers: vec![Controller {
+                            names: vec!["memory".into()],
+                            dirs: dirs.iter().map(dir).collect(),
+                        }],
+                    };
+                    if one(&cgroups, false).is_err() {
+                        refused += 1;
+                        continue;
+                    }
+                    passed += 1;
+                    for root in ["/a", "/ab", "/a/b", "/x"] {
+                        stays_below(&cgroups, root);
+                    }
+                }
+            }
+        }
+        assert!(passed > 50 && refused > 1000, "{passed} {refused}");
+    }
 }

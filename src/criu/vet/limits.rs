@@ -135,12 +135,13 @@ impl Bounds {
 
     /// Compares a task's limits.
     pub fn limits(&self, limits: &[Limit]) -> Result<()> {
-        for ((limit, name), most) in limits.iter().zip(NAMES).zip(self.hard) {
-            let Some(most) = most else { continue };
+        for (number, (limit, name)) in limits.iter().zip(NAMES).enumerate() {
+            let Some(most) = self.hard[number] else { continue };
             let set = if limit.hard == u64::MAX { "no limit".into() } else { limit.hard.to_string() };
             ensure!(
                 limit.hard <= most && limit.soft <= limit.hard,
-                "its {name} is {set}, here it would be {most} at most"
+                "its {name} is {set}, here it would be {most} at most{}",
+                if matches!(number, NICE | RTPRIO) { format!("; {}", self.key) } else { String::new() }
             );
         }
         Ok(())
@@ -214,7 +215,9 @@ mod tests {
         none.priority(3, 19).unwrap();
         assert!(none.priority(0, -1).unwrap_err().to_string().contains("`realtime`"));
         assert!(none.priority(1, 0).is_err());
-        assert!(none.limits(&with(NICE, 1)).is_err() && none.limits(&with(RTPRIO, 1)).is_err());
+        for number in [NICE, RTPRIO] {
+            assert!(none.limits(&with(number, 1)).unwrap_err().to_string().contains("`realtime`"));
+        }
         // as this node's own processes are
         let higher = Inherited { nice: -5, rlimit_nice: 0, rlimit_rtprio: 0 };
         bounds(serde_json::json!({}), &policy, higher).priority(0, -5).unwrap();

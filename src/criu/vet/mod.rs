@@ -52,7 +52,7 @@
 //! policy would not take from elsewhere: the node's namespaces, a pod's pid namespace, privileges, any file system. Then nothing but the
 //! spec counts, because whoever made it here may. Compared with images of runc 1.3 and crun 1.28 (CRIU 4.2, cgroup v1) of containers with each
 //! of these. What they have and is refused all the same, unless the node's administrator lets it pass: what somebody has changed from outside
-//! (`renice`, `prlimit`, mounts), several cgroups without a cgroup namespace, masked paths that this node's kernel has got since.
+//! (`renice`, `prlimit`, mounts), several cgroups of which none lies above the others, masked paths that this node's kernel has got since.
 //!
 //! # What confines CRIU anyway
 //!
@@ -75,6 +75,8 @@
 mod bpf;
 mod cgroups;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod image;
 mod limits;
 mod local;
@@ -166,7 +168,7 @@ pub fn check(subject: &Subject<'_>) -> Result<()> {
     let caps = Caps::of(&spec);
     tasks::check(subject, &spec, caps)?;
     files::check(subject, &spec, caps)?;
-    cgroups::check(subject, &spec)?;
+    cgroups::check(subject, &spec, caps)?;
     network::check(subject.images)?;
     mounts::check(subject, &spec, caps)
 }

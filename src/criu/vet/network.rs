@@ -35,7 +35,7 @@ pub(super) fn check(images: &Path) -> Result<()> {
 }
 
 /// Of `iptables-save`.
-fn tables(text: &str) -> Result<()> {
+pub(super) fn tables(text: &str) -> Result<()> {
     ensure!(!text.contains('\0'), "a zero byte");
     for line in text.lines() {
         match line.trim_start().chars().next() {
@@ -67,7 +67,7 @@ fn is_harmless(word: &str) -> bool {
 }
 
 /// Of `nft list ruleset`. A file of the node could be included.
-fn nftables(text: &str) -> Result<()> {
+pub(super) fn nftables(text: &str) -> Result<()> {
     let mut words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     ensure!(!words.any(|w| w == "include"), "they include a file");
     Ok(())

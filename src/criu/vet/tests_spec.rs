@@ -245,12 +245,25 @@ fn cgroups_of_others() {
         ("/default/c1/sub", None, &["default/c1"]),
         ("/", None, &[""]),
         ("/default/c1/a", Some(11), &["default/c1"]),
-        ("/default/c1/a", Some(11), &["default/c1/a", "default/c1"]),
     ] {
         for name in ["memory", "name=systemd", ""] {
             try_it(name, path, prefix, dirs).unwrap();
         }
     }
+    let mut able = self::bed();
+    able.spec["process"]["capabilities"]["bounding"].as_array_mut().unwrap().push("CAP_SYS_ADMIN".into());
+    let two = |bed: &Bed| {
+        bed.change::<Cgroups>("cgroup.img", |all| {
+            let members = ["/default/c1/a", "/default/c1/b"].map(|p| member("", p, Some(11))).to_vec();
+            all[0].sets = vec![Set { id: 2, members }];
+            let dirs = vec![dir("default/c1/a"), dir("default/c1/b")];
+            all[0].controllers = vec![Controller { names: vec![String::new()], dirs }];
+        });
+    };
+    two(&able);
+    able.verdict().unwrap();
+    two(&bed);
+    bed.refused("2 folders");
     for (path, prefix, dirs, word) in [
         // half a name, which CRIU would continue
         ("/default/c12", None, &["default/c1"][..], "no task"),
@@ -259,7 +272,7 @@ fn cgroups_of_others() {
         ("/default/c1/x", None, &["default/c1/"], "no task"),
         ("/default/c1", None, &[], "0 folders"),
         ("/default/c1/a", None, &["default/c1", "default/c1/a"], "2 folders"),
-        ("/default/c1", None, &["default/c1", "other"], "no task"),
+        ("/default/c1/a", Some(11), &["default/c1", "default/c1/a"], "2 folders"),
         ("/default/../c1", None, &["default/../c1"], "makes the cgroup"),
         ("/default/c1", Some(40), &["default/c1"], "behind the end"),
         ("/default/c1", Some(10), &["default/c1"], "half a name"),
@@ -373,6 +386,8 @@ fn mounts_of_a_spec_of_this_node() {
 #[cfg(target_arch = "x86_64")]
 fn filters_of_runtimes_are_what_the_spec_says() {
     let mut bed = bed();
+    bed.spec["linux"]["seccomp"] = bed.profile.clone();
+    bed.verdict().unwrap();
     fs::write(bed.images().join("seccomp.img"), CRUN_SECCOMP).unwrap();
     bed.verdict().unwrap();
     // a word less in the spec than the filter lets through, in each ABI that it lists
