@@ -50,9 +50,10 @@
 //! Ours ([`Measure::Policy`]) have what [`crate::criu::options`] asks for: no network, no links, mostly no cgroups. A runtime's
 //! ([`Measure::Spec`], what containerd gives the shim for `ctr c restore` or CRI's checkpoint images) have more, and come for specs that our
 //! policy would not take from elsewhere: the node's namespaces, a pod's pid namespace, privileges, any file system. Then nothing but the
-//! spec counts, because whoever made it here may. Compared with images of runc 1.3 and crun 1.28 (CRIU 4.2, cgroup v1) of containers with each
+//! spec counts, because whoever made it here may. Compared with images of runc 1.1, 1.3 and crun 1.28 (CRIU 4.2, cgroup v1) of containers with each
 //! of these. What they have and is refused all the same, unless the node's administrator lets it pass: what somebody has changed from outside
-//! (`renice`, `prlimit`, mounts), several cgroups of which none lies above the others, masked paths that this node's kernel has got since.
+//! (`renice`, `prlimit`, mounts); nice values and `oom_score_adj` below 0 that another node's containerd hands down and this one's does not;
+//! several cgroups of which none lies above the others; masked paths that this node's kernel has got since.
 //!
 //! # What confines CRIU anyway
 //!

@@ -21,7 +21,7 @@ pub(super) const RECORDED: [(&str, &[u8]); 8] = [
     ("files.img", include_bytes!("recorded/files.img")),
     ("cgroup.img", include_bytes!("recorded/cgroup.img")),
     ("mountpoints-12.img", include_bytes!("recorded/mountpoints-12.img")),
-    // of another container with the same profile: runc 1.3, libseccomp 2.6
+    // of another container with the same profile: runc 1.1, libseccomp 2.6
     ("seccomp.img", include_bytes!("recorded/seccomp.img")),
 ];
 
