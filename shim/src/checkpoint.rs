@@ -21,6 +21,7 @@ use crate::{
     reaper::ExitWatch,
     runc::{self, RestoreArgs},
     state::Op,
+    vet,
 };
 
 /// `runc restore` hangs on some failures of CRIU's; large memories need their time.
@@ -69,6 +70,14 @@ impl Container {
         let Origin::Checkpoint { image, parent } = &self.origin else {
             return Err(TaskError::failed_precondition("not created from a checkpoint"));
         };
+        let restore = vet::Restore {
+            namespace: self.shared.namespace.clone(),
+            id: self.id.clone(),
+            bundle: self.bundle.clone(),
+            images: image.clone(),
+            parent: parent.clone(),
+        };
+        vet::check(restore).await?;
         let mut args = RestoreArgs {
             image_path: image.clone(),
             work_dir: self.criu_work_dir(),

@@ -17,6 +17,7 @@
 //! | `options`, `bundle`, `mounts` | what comes with a request, the bundle's files, the root's mounts |
 //! | `io`, `console`, `stdio` | stdio and terminals; opening them for a runc run |
 //! | `events`, `stats`, `oom` | events to containerd, cgroup metrics, OOM kills |
+//! | `vet` | whether images that containerd wants restored are looked at, and what is said when they are refused |
 //! | `cri` | what containerd's CRI expects of a checkpoint |
 //! | `hooks`, `migration` | where the migration hooks in; sending and receiving containers |
 
@@ -61,6 +62,7 @@ mod stdio;
 mod tests;
 #[cfg(test)]
 mod tests_clients;
+mod vet;
 
 use std::{process::ExitCode, sync::Arc};
 

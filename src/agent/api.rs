@@ -47,6 +47,13 @@ pub enum Request {
     Resolve(ResolveRequest),
     /// Allow another node to move one container here.
     Ticket(TicketRequest),
+    /// List the tickets that were given out.
+    Tickets,
+    /// Take a ticket back.
+    WithdrawTicket {
+        /// Its number.
+        id: String,
+    },
     /// What runs here.
     Version,
 }
@@ -231,6 +238,13 @@ pub enum Reply {
     },
     /// Of [`Request::Ticket`].
     Ticket(TicketReport),
+    /// Of [`Request::Tickets`].
+    Tickets {
+        /// Those that are known, also some that are good no more.
+        tickets: Vec<TicketEntry>,
+    },
+    /// Of [`Request::WithdrawTicket`].
+    TicketWithdrawn(TicketEntry),
     /// Of [`Request::Version`].
     Version(VersionReport),
 }
@@ -304,6 +318,22 @@ impl fmt::Debug for TicketReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TicketReport({} for {}/{} from {})", self.id, self.namespace, self.container, self.from)
     }
+}
+
+/// A ticket that was given out, without its secret.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+pub struct TicketEntry {
+    /// Its number.
+    pub id: String,
+    /// The node that it was given to.
+    pub from: String,
+    /// `NAMESPACE/ID` of the container.
+    pub container: String,
+    /// For how many seconds it is still good.
+    pub seconds_left: u64,
+    /// `good`, `in use` (a move is being prepared with it), `used`, `withdrawn` or `expired`.
+    pub state: String,
 }
 
 /// A checkpoint that was written.

@@ -284,6 +284,11 @@ async fn carry_out(agent: &Agent, request: Request, reporter: &mut Reporter) {
             let result = ticket::issue(agent, &request);
             reporter.end(result);
         }
+        Request::Tickets => reporter.end(Ok(ticket::list(agent))),
+        Request::WithdrawTicket { id } => {
+            let result = ticket::withdraw(agent, &id);
+            reporter.end(result);
+        }
         Request::Version => {
             let result = ps::version(agent).await;
             reporter.end(result);

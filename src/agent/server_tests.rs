@@ -11,7 +11,7 @@ use std::{
 use super::*;
 use crate::{
     agent::{
-        api::{ErrorReport, ExitCode, TicketRequest},
+        api::{ErrorReport, ExitCode, Reply, TicketRequest},
         config::Config,
         message::{Message, MoveAsked, Offer, Refusal},
         peer::{self, Peer},
@@ -110,7 +110,7 @@ impl Nodes {
             valid_seconds: 600,
         };
         match super::super::ticket::issue(&self.agent, &request).unwrap() {
-            crate::agent::api::Reply::Ticket(ticket) => ticket.ticket,
+            Reply::Ticket(ticket) => ticket.ticket,
             other => panic!("{other:?}"),
         }
     }
@@ -291,6 +291,28 @@ async fn tickets_for_all_means_all() {
     assert!(error.message.contains("every move to this node needs one"), "{error}");
     let ticket = nodes.ticket("al-a", "redis");
     assert_eq!(nodes.move_from("al-a", "redis", &ticket).await.unwrap().code, "containerd");
+}
+
+#[tokio::test]
+async fn a_ticket_that_was_taken_back_lets_nobody_in() {
+    let nodes = Nodes::new(&["wi-b", "wi-a"], "").await;
+    let text = nodes.ticket("wi-a", "redis");
+    let states = |nodes: &Nodes| match super::super::ticket::list(&nodes.agent) {
+        Reply::Tickets { tickets } => {
+            let shown = serde_json::to_string(&tickets).unwrap();
+            assert!(!shown.contains(text.rsplit(':').next().unwrap()), "the secret is shown");
+            tickets.iter().map(|t| (t.id.clone(), t.container.clone(), t.state.clone())).collect::<Vec<_>>()
+        }
+        other => panic!("{other:?}"),
+    };
+    let number = crate::agent::tickets::number_in(&text).to_string();
+    assert_eq!(states(&nodes), [(number.clone(), "default/redis".into(), "good".into())]);
+    super::super::ticket::withdraw(&nodes.agent, &number).unwrap();
+    let error = nodes.move_from("wi-a", "redis", &text).await.unwrap_err();
+    assert!(error.message.contains("the ticket was withdrawn"), "{error}");
+    assert_eq!(states(&nodes)[0].2, "withdrawn");
+    let error = super::super::ticket::withdraw(&nodes.agent, "7").unwrap_err();
+    assert!(error.code == ExitCode::Usage && error.message.contains("no ticket 7"), "{error}");
 }
 
 #[tokio::test]

@@ -1,11 +1,12 @@
-//! `transship ticket`: this node's operator allows one move to it.
+//! `transship ticket`: this node's operator allows one move to it, sees what was allowed, and takes it back.
 
 use std::time::{Duration, Instant};
 
 use super::{
     Agent,
-    api::{ErrorReport, ExitCode, Reply, TicketReport, TicketRequest},
+    api::{ErrorReport, ExitCode, Reply, TicketEntry, TicketReport, TicketRequest},
     placement::plain,
+    tickets::{Known, State},
 };
 
 /// Gives a ticket out.
@@ -38,4 +39,36 @@ pub fn issue(agent: &Agent, request: &TicketRequest) -> Result<Reply, ErrorRepor
         container: container.clone(),
         valid_seconds: *valid_seconds,
     }))
+}
+
+/// Those that were given out.
+pub fn list(agent: &Agent) -> Reply {
+    Reply::Tickets { tickets: agent.tickets.list(Instant::now()).into_iter().map(entry).collect() }
+}
+
+/// Takes one back.
+pub fn withdraw(agent: &Agent, id: &str) -> Result<Reply, ErrorReport> {
+    let before = agent.tickets.withdraw(id, Instant::now()).map_err(|e| {
+        ErrorReport::new(ExitCode::Usage, format!("{e:#}"))
+            .advice("`transship ticket --list` shows the tickets of this node; `accept_from` in agent.toml lets nodes in without any")
+    })?;
+    log::info!("ticket {id} for {} from {} is withdrawn", before.container, before.from);
+    Ok(Reply::TicketWithdrawn(entry(before)))
+}
+
+fn entry(known: Known) -> TicketEntry {
+    let state = match known.state {
+        State::InUse => "in use",
+        State::Used => "used",
+        State::Withdrawn => "withdrawn",
+        State::Good if known.left.is_zero() => "expired",
+        State::Good => "good",
+    };
+    TicketEntry {
+        id: known.id,
+        from: known.from,
+        container: known.container,
+        seconds_left: known.left.as_secs(),
+        state: state.into(),
+    }
 }

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::tls::{random_hex, same_secret};
@@ -49,6 +49,8 @@ pub enum Refused {
     InUse,
     /// It was used.
     Used,
+    /// This node's operator has taken it back.
+    Withdrawn,
 }
 
 impl fmt::Display for Refused {
@@ -64,6 +66,7 @@ impl fmt::Display for Refused {
             Refused::Expired => "the ticket has expired",
             Refused::InUse => "another move with the same ticket is being prepared",
             Refused::Used => "the ticket was used already",
+            Refused::Withdrawn => "the ticket was withdrawn",
         })
     }
 }
@@ -99,11 +102,37 @@ struct Entry {
     state: State,
 }
 
+/// What has become of a ticket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub enum State {
+    /// Nothing yet.
     Good,
+    /// A move is being prepared with it.
     InUse,
+    /// A move was made with it, or tried.
     Used,
+    /// The operator has taken it back.
+    Withdrawn,
+}
+
+/// A ticket as it is known here: no part of its secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its number.
+    pub id: String,
+    /// The node that it was given to.
+    pub from: String,
+    /// `NAMESPACE/ID` of the container.
+    pub container: String,
+    /// For how long it is still good; zero: no more.
+    pub left: Duration,
+    /// What has become of it.
+    pub state: State,
+}
+
+/// The number of a ticket, which may be given as its text.
+pub fn number_in(text: &str) -> &str {
+    parts(text).map_or(text, |(_, id, _)| id)
 }
 
 /// The node that a ticket's text names as its destination.
@@ -155,7 +184,7 @@ impl Tickets {
         all.retain(|_, entry| entry.state == State::InUse || entry.expires + REMEMBERED > now);
         if all.len() >= MOST {
             // those that are only remembered go before anything is refused
-            all.retain(|_, entry| entry.state != State::Used && entry.expires > now);
+            all.retain(|_, entry| matches!(entry.state, State::Good | State::InUse) && entry.expires > now);
         }
         ensure!(all.len() < MOST, "{MOST} tickets are out already: wait until some have expired");
         let entry = Entry {
@@ -199,6 +228,8 @@ impl Tickets {
             Refused::OtherContainer
         } else if entry.state == State::Used {
             Refused::Used
+        } else if entry.state == State::Withdrawn {
+            Refused::Withdrawn
         } else if entry.expires <= now {
             Refused::Expired
         } else if entry.state == State::InUse {
@@ -208,6 +239,47 @@ impl Tickets {
             return Ok(Held { tickets: self.clone(), number: number.into() });
         };
         Err((refused, format!("ticket {number} for {} from {}", entry.bound.container, entry.bound.source)))
+    }
+}
+
+impl Entry {
+    fn known(&self, id: &str, now: Instant) -> Known {
+        Known {
+            id: id.into(),
+            from: self.bound.source.clone(),
+            container: self.bound.container.clone(),
+            left: self.expires.saturating_duration_since(now),
+            state: self.state,
+        }
+    }
+}
+
+impl Tickets {
+    /// All that are known, those that expire first at the front.
+    pub fn list(&self, now: Instant) -> Vec<Known> {
+        let all = self.lock();
+        let mut known: Vec<_> = all.iter().map(|(id, entry)| entry.known(id, now)).collect();
+        known.sort_by(|a, b| (a.left, &a.id).cmp(&(b.left, &b.id)));
+        known
+    }
+
+    /// Takes one back: it is good for nothing more. The answer is how it was. A move that is being prepared with it goes on; if it comes
+    /// to nothing, the ticket is not good again.
+    ///
+    /// # Errors
+    /// There is none with this number, or it was used: taking it back would undo nothing.
+    pub fn withdraw(&self, id: &str, now: Instant) -> Result<Known> {
+        let mut all = self.lock();
+        let Some(entry) = all.get_mut(id) else { bail!("no ticket {id} is known here") };
+        ensure!(
+            entry.state != State::Used,
+            "the ticket {id} for {} from {} was used already",
+            entry.bound.container,
+            entry.bound.source
+        );
+        let before = entry.known(id, now);
+        entry.state = State::Withdrawn;
+        Ok(before)
     }
 }
 
@@ -298,6 +370,54 @@ mod tests {
     }
 
     #[test]
+    fn one_that_is_taken_back_lets_nobody_in() {
+        let (tickets, now) = (Tickets::default(), Instant::now());
+        let (first, second) = (ours(&tickets, now), ours(&tickets, now));
+        let show =
+            |ticket: &Issued| tickets.redeem(&ticket.text, "node-b", "node-a", "default", "redis", now);
+        assert_eq!(number_in(&first.text), first.id);
+        assert_eq!(number_in(&first.id), first.id);
+        let before = tickets.withdraw(&first.id, now).unwrap();
+        let known = |ticket: &Issued, state| Known {
+            id: ticket.id.clone(),
+            from: "node-a".into(),
+            container: "default/redis".into(),
+            left: TEN,
+            state,
+        };
+        assert_eq!(before, known(&first, State::Good));
+        assert_eq!(show(&first).unwrap_err().0, Refused::Withdrawn);
+        // twice is once
+        assert_eq!(tickets.withdraw(&first.id, now).unwrap().state, State::Withdrawn);
+        // the other one is as it was
+        let held = show(&second).unwrap();
+        assert_eq!(tickets.withdraw(&second.id, now).unwrap().state, State::InUse);
+        drop(held);
+        assert_eq!(show(&second).unwrap_err().0, Refused::Withdrawn, "not good again");
+        let third = ours(&tickets, now);
+        show(&third).unwrap().use_up();
+        assert!(tickets.withdraw(&third.id, now).unwrap_err().to_string().contains("used already"));
+        assert!(tickets.withdraw("0", now).unwrap_err().to_string().contains("no ticket 0"));
+        let mut expected =
+            [known(&first, State::Withdrawn), known(&second, State::Withdrawn), known(&third, State::Used)];
+        expected.sort_by(|a, b| a.id.cmp(&b.id));
+        assert_eq!(tickets.list(now), expected);
+        assert!(tickets.list(now + TEN * 2).iter().all(|k| k.left.is_zero()));
+        assert!(!format!("{:?}", tickets.list(now)).contains(&first.text[24..]));
+    }
+
+    #[test]
+    fn one_that_is_taken_back_while_a_move_is_made_with_it_was_used_for_it() {
+        let (tickets, now) = (Tickets::default(), Instant::now());
+        let ticket = ours(&tickets, now);
+        let held = tickets.redeem(&ticket.text, "node-b", "node-a", "default", "redis", now).unwrap();
+        tickets.withdraw(&ticket.id, now).unwrap();
+        held.use_up();
+        let again = tickets.redeem(&ticket.text, "node-b", "node-a", "default", "redis", now);
+        assert_eq!(again.unwrap_err().0, Refused::Withdrawn);
+    }
+
+    #[test]
     fn there_are_only_so_many_and_the_old_are_forgotten() {
         let (tickets, now) = (Tickets::default(), Instant::now());
         let first = ours(&tickets, now);
@@ -305,6 +425,10 @@ mod tests {
             ours(&tickets, now);
         }
         assert!(tickets.issue("node-b", "node-a", "n", "c", TEN, now).is_err());
+        // taken back, they make room
+        tickets.withdraw(&tickets.list(now)[0].id, now).unwrap();
+        tickets.issue("node-b", "node-a", "n", "c", TEN, now).unwrap();
+        assert_eq!(tickets.lock().len(), MOST);
         ours(&tickets, now + TEN);
         assert_eq!(tickets.lock().len(), 1);
         let gone = tickets.redeem(&first.text, "node-b", "node-a", "default", "redis", now);

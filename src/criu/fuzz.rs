@@ -7,7 +7,7 @@ use prost::Message;
 use super::images::{IMG_COMMON_MAGIC, PageStore};
 use super::mm_image::{Mappings, Vma};
 use super::page_server::{ImageKind, PE_LAZY, PE_PARENT, PE_PRESENT, PageEvent, Parser, Step, page_size};
-use super::{cgroup_image, conceal, gate, kdat, listing, rpc, stdio, timerfd_image};
+use super::{cgroup_image, conceal, gate, kdat, listing, rpc, stdio, timerfd_image, vet};
 use crate::fuzz::{Input, chunk, json};
 
 /// An image of the mappings of a task, as CRIU writes it: a heap and a file.
@@ -93,6 +93,7 @@ pub mod criu_images {
             3 => memory(&mut input),
             4 => drop(kdat::check(input.rest(), false)),
             5 => drop(conceal::is_filtered(&String::from_utf8_lossy(input.rest()))),
+            7 => vet::fuzz::run(input.rest()),
             _ => state(input.rest()),
         }
     }
@@ -189,7 +190,7 @@ pub mod criu_images {
         known[33..36].fill(1);
         known[40..48].copy_from_slice(&0x7fff_ffff_f000u64.to_le_bytes());
         let with = |n: u8, bytes: &[u8]| [&[n][..], bytes].concat();
-        vec![
+        let mut seeds = vec![
             with(0, &mappings()),
             with(1, &image(0x5630_3138, &[timer.clone(), timer])),
             with(2, &image(0x5938_3330, &[cgroups])),
@@ -197,7 +198,9 @@ pub mod criu_images {
             with(4, &known),
             with(5, b"Name:\tredis\nSeccomp:\t2\nSeccomp_filters:\t1\n"),
             with(6, br#"{"external_descriptors":["/dev/null","pipe:[7]","pipe:[8]"]}"#),
-        ]
+        ];
+        seeds.extend(vet::fuzz::seeds().iter().map(|seed| with(7, seed)));
+        seeds
     }
 }
 

@@ -244,7 +244,8 @@ fn take(
 /// What the images say is no more than the spec does: looked at when all of them are here, before CRIU does.
 pub(super) fn vet(images: &Path, bundle: &Path, request: &ReceiveRequest, manifest: &Manifest) -> Result<()> {
     let in_netns = manifest.in_netns && request.netns.is_some();
-    let subject = criu::vet::Subject { images, bundle, policy: &request.limits.policy, in_netns };
+    let measure = criu::vet::Measure::Policy { policy: &request.limits.policy, in_netns };
+    let subject = criu::vet::Subject { images, bundle, measure };
     criu::vet::check(&subject).context("the checkpoint is refused")
 }
 

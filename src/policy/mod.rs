@@ -34,8 +34,8 @@
 //! | AppArmor's profile | any that is loaded here; none | `require` |
 //! | SELinux labels | `container_t` and `container_init_t` | `selinux_types` |
 //! | `oomScoreAdj` below 0 | nothing | `min_oom_score_adj` |
-//! | real-time scheduling and I/O | nothing | `realtime` |
-//! | rlimits, cgroup limits missing | yes, as with `ctr run` | |
+//! | real-time scheduling and I/O; `RLIMIT_NICE`, `RLIMIT_RTPRIO` that allow it | nothing | `realtime` |
+//! | other rlimits, cgroup limits missing | yes, as with `ctr run` | |
 //! | working directory below /proc (CVE-2024-21626) | nothing | never |
 //! | mount types | proc, sysfs, cgroup at their places, sysfs and cgroup read-only; devpts, mqueue, tmpfs | `mount_types`, `privileged` |
 //! | folders of the node | those under `host_mounts`; no link below the listed folder is followed | `host_mounts` |

@@ -107,6 +107,14 @@ pub(super) fn check(policy: &Policy, process: &Process, found: &mut Found) {
             found.unless("realtime", format!("has {what} of its own"));
         }
     }
+    // 20 is nice 0: above it a task may put itself before others without a capability
+    for (name, most) in [("RLIMIT_NICE", 20), ("RLIMIT_RTPRIO", 0)] {
+        let limits = process.rlimits.as_ref().and_then(serde_json::Value::as_array).into_iter().flatten();
+        let high = |l: &&serde_json::Value| l["type"] == name && l["hard"].as_u64().is_none_or(|h| h > most);
+        if limits.clone().any(|l| high(&l)) && !policy.realtime {
+            found.unless("realtime", format!("may put itself before others ({name})"));
+        }
+    }
 }
 
 fn capabilities(policy: &Policy, process: &Process, found: &mut Found) {

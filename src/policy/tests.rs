@@ -236,6 +236,10 @@ fn scheduling_that_keeps_others_out() {
     );
     refused("/process/ioPriority", json!({"class": "IOPRIO_CLASS_RT"}), "I/O", Some("realtime"), allow);
     refused("/process/execCPUAffinity", json!({"initial": "0"}), "affinity", Some("realtime"), allow);
+    for name in ["RLIMIT_NICE", "RLIMIT_RTPRIO"] {
+        let limit = json!([{"type": name, "hard": 40, "soft": 0}]);
+        refused("/process/rlimits", limit, name, Some("realtime"), allow);
+    }
     refused("/linux/resources/cpu/realtimeRuntime", json!(950_000), "real-time", Some("realtime"), allow);
     refused("/linux/resources/cpu/RealTimeRuntime", json!(950_000), "real-time", Some("realtime"), allow);
     refused("/linux/intelRdt", json!({"closID": "x"}), "intelRdt", Some("realtime"), allow);

@@ -68,6 +68,12 @@ pub const LIST: &[Meant] = &[
         "CRIU's config file: has to be there before `runc create`, so that a move can pass options that runc has no flags for",
     ),
     meant(
+        "restore_bad",
+        "shim: start t2",
+        "is refused",
+        "images are looked at before runc and CRIU get them",
+    ),
+    meant(
         "",
         "event of t1: checkpointed*",
         "checkpointed",

@@ -1,10 +1,9 @@
 //! Kinds of open files: `files.img`.
 
-use std::path::Path;
-
 use anyhow::{Result, ensure};
 
-use super::{Caps, image};
+use super::{Caps, Measure, Subject, image, names};
+use crate::policy::model::Spec;
 
 const FILES_MAGIC: u32 = 0x5630_3138;
 
@@ -36,18 +35,20 @@ pub struct Inet {
 }
 
 // images/fdinfo.proto
-const PACKET: i32 = 11;
+const PACKET: i32 = 10;
 const FANOTIFY: i32 = 12;
 const TUNNEL: i32 = 15;
 const EXTERNAL: i32 = 16;
 const BPF_MAP: i32 = 19;
 
-pub(super) fn check(images: &Path, caps: Caps) -> Result<()> {
-    let files: Vec<File> = image::read(&images.join("files.img"), FILES_MAGIC)?.unwrap_or_default();
-    files.iter().try_for_each(|f| one(f, caps))
+pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
+    let brought = matches!(subject.measure, Measure::Spec { .. }) && names::has_devices(spec);
+    let files: Vec<File> = image::read(&subject.images.join("files.img"), FILES_MAGIC)?.unwrap_or_default();
+    files.iter().try_for_each(|f| one(f, brought, caps))
 }
 
-fn one(file: &File, caps: Caps) -> Result<()> {
+/// `brought`: a plugin of CRIU may bring back what was open of a device.
+fn one(file: &File, brought: bool, caps: Caps) -> Result<()> {
     let raw = file.inet.as_ref().and_then(|i| i.kind) == Some(libc::SOCK_RAW as u32);
     let needs: (&str, &[&str]) = match file.kind {
         PACKET => ("a packet socket", &["CAP_NET_RAW"]),
@@ -60,6 +61,7 @@ fn one(file: &File, caps: Caps) -> Result<()> {
     let may = needs.1.is_empty() || needs.1.iter().any(|c| caps.has(c));
     ensure!(may, "the checkpoint has {} open, which takes {}", needs.0, needs.1.join(" or "));
     let external = file.regular.as_ref().is_some_and(|r| r.external == Some(true));
-    ensure!(file.kind != EXTERNAL && !external, "the checkpoint has a file open that is not the container's");
+    let odd = external || file.kind == EXTERNAL && !brought;
+    ensure!(!odd, "the checkpoint has a file open that is not the container's");
     Ok(())
 }

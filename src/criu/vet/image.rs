@@ -24,7 +24,7 @@ pub fn read<M: Message + Default>(path: &Path, magic: u32) -> Result<Option<Vec<
     entries(&bytes, magic).map(Some).with_context(|| format!("the image {name}"))
 }
 
-fn entries<M: Message + Default>(bytes: &[u8], magic: u32) -> Result<Vec<M>> {
+pub(super) fn entries<M: Message + Default>(bytes: &[u8], magic: u32) -> Result<Vec<M>> {
     let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
     let mut rest = match (word(0), word(4)) {
         (Some(IMG_COMMON_MAGIC), Some(second)) if second == magic => &bytes[8..],

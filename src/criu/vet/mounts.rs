@@ -9,10 +9,9 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 
-use super::tasks::allowed_by;
-use super::{Subject, image};
+use super::{Caps, Measure, Subject, image, namespaces};
 use crate::criu::options::{MASKED_FILE, resolve_in_root};
-use crate::policy::model::Spec;
+use crate::policy::{self, model::Spec};
 
 const MNTS_MAGIC: u32 = 0x5556_3928;
 
@@ -37,6 +36,8 @@ pub struct Mount {
     pub with_plugin: Option<bool>,
     #[prost(bool, optional, tag = "13")]
     pub external: Option<bool>,
+    #[prost(string, optional, tag = "14")]
+    pub fsname: Option<String>,
     #[prost(bool, optional, tag = "16")]
     pub deleted: Option<bool>,
     #[prost(uint32, optional, tag = "17")]
@@ -54,6 +55,29 @@ const CGROUP: u32 = 12;
 const MQUEUE: u32 = 14;
 const AUTO: u32 = 16;
 const CGROUP2: u32 = 23;
+
+/// File systems that only a spec of this node's may ask for, by the spec's word.
+const OTHERS: [(&str, u32); 9] = [
+    ("devtmpfs", 3),
+    ("binfmt_misc", 4),
+    ("pstore", 8),
+    ("securityfs", 9),
+    ("fusectl", 10),
+    ("debugfs", 11),
+    ("fuse", 15),
+    ("overlay", 17),
+    ("tracefs", 19),
+];
+
+/// Where crun's folder for masked ones lies, below its `--root`.
+const EMPTY_DIRECTORY: &str = "/.empty-directory";
+
+/// Flags of a mount that take something away, by the word of a spec that sets and the one that clears it.
+const FLAGS: [(u32, &str, &str); 3] = [
+    (libc::MS_NOSUID as u32, "nosuid", "suid"),
+    (libc::MS_NODEV as u32, "nodev", "dev"),
+    (libc::MS_NOEXEC as u32, "noexec", "exec"),
+];
 
 impl Mount {
     /// By which name runc knows what is mounted there, if it is runc that brings it.
@@ -78,24 +102,78 @@ struct Expected {
     masked: HashSet<String>,
     readonly: HashSet<String>,
     devices: HashSet<String>,
+    /// The spec makes the root read-only.
+    readonly_root: bool,
+    /// It has a cgroup namespace of its own.
+    own_cgroups: bool,
+    /// What would allow a path that is not masked.
+    unmasked: String,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Wanted {
     kind: Option<u32>,
+    /// A type that is known by its name alone.
+    named: Option<String>,
     bind: bool,
+    /// With what is mounted below.
+    whole: bool,
     readonly: bool,
+    /// Of [`FLAGS`].
+    flags: u32,
 }
 
-pub(super) fn check(subject: &Subject<'_>, spec: &Spec) -> Result<()> {
+impl Wanted {
+    fn of(mount: &policy::model::Mount, measure: &Measure<'_>) -> Wanted {
+        let local = matches!(measure, Measure::Spec { .. });
+        let word = mount.kind.as_deref();
+        let kind = match word {
+            Some("proc") => Some(PROC),
+            Some("sysfs") => Some(SYSFS),
+            Some("tmpfs") => Some(TMPFS),
+            Some("devpts") => Some(DEVPTS),
+            Some("mqueue") => Some(MQUEUE),
+            Some("cgroup" | "cgroup2") => Some(CGROUP),
+            other => OTHERS.iter().find(|(name, _)| local && Some(*name) == other).map(|(_, kind)| *kind),
+        };
+        let named = word.filter(|_| local && kind.is_none()).map(str::to_string);
+        let mut flags = 0;
+        for option in mount.options() {
+            for (flag, sets, clears) in FLAGS {
+                flags = if option == sets { flags | flag } else { flags };
+                flags = if option == clears { flags & !flag } else { flags };
+            }
+        }
+        // a dump of ours is of a container whose folders are listed: nothing else is mounted there
+        let whole = local && mount.is_bind() && mount.options().any(|o| o == "rbind");
+        Wanted { kind, named, bind: mount.is_bind(), whole, readonly: mount.is_readonly(), flags }
+    }
+
+    fn is(&self, mount: &Mount) -> bool {
+        if self.bind {
+            return false;
+        }
+        let kind = if mount.kind == CGROUP2 { CGROUP } else { mount.kind };
+        let by_name = || {
+            let named = mount.kind == AUTO && mount.fsname.is_some();
+            named && self.named == mount.fsname
+        };
+        self.kind.is_some_and(|k| k == kind || k == CGROUP && kind == TMPFS) || by_name()
+    }
+}
+
+pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
+    if caps.has("CAP_SYS_ADMIN") {
+        return Ok(()); // it may have made mounts of its own
+    }
     let mut tables = image::all(subject.images, "mountpoints-")?;
     let Some((_, table)) = tables.pop() else { bail!("the checkpoint has no table of mounts") };
     ensure!(tables.is_empty(), "the checkpoint has several mount namespaces, which takes CAP_SYS_ADMIN");
     let mounts: Vec<Mount> = image::read(&table, MNTS_MAGIC)?.unwrap_or_default();
     let rootfs = subject.bundle.join("rootfs");
-    let expected = Expected::of(spec, &|path| resolve_in_root(&rootfs, path));
-    let here =
-        |path: &str| Path::new(path).exists() && !subject.policy.unmasked_paths.iter().any(|p| p == path);
+    let expected = Expected::of(spec, &subject.measure, &|path| resolve_in_root(&rootfs, path));
+    let unmasked = subject.measure.policy().map(|p| p.unmasked_paths.as_slice()).unwrap_or_default();
+    let here = |path: &str| Path::new(path).exists() && !unmasked.iter().any(|p| p == path);
     table_fits(&mounts, &expected, &here)?;
     let root =
         nix::fcntl::open(&rootfs, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
@@ -104,20 +182,22 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec) -> Result<()> {
 }
 
 impl Expected {
-    fn of(spec: &Spec, resolve: &dyn Fn(&str) -> String) -> Expected {
+    /// Below a folder that comes with all that is mounted in it: then CRIU has noted a tmpfs there, and makes a new one.
+    fn brought_whole(&self, at: &str) -> bool {
+        let mut above = at;
+        while let Some((parent, _)) = above.rsplit_once('/').filter(|(parent, _)| !parent.is_empty()) {
+            if self.mounts.get(parent).into_iter().flatten().any(|w| w.whole) {
+                return true;
+            }
+            above = parent;
+        }
+        false
+    }
+
+    fn of(spec: &Spec, measure: &Measure<'_>, resolve: &dyn Fn(&str) -> String) -> Expected {
         let mut mounts: HashMap<String, Vec<Wanted>> = HashMap::new();
         for mount in spec.mounts.iter().flatten() {
-            let kind = match mount.kind.as_deref() {
-                Some("proc") => Some(PROC),
-                Some("sysfs") => Some(SYSFS),
-                Some("tmpfs") => Some(TMPFS),
-                Some("devpts") => Some(DEVPTS),
-                Some("mqueue") => Some(MQUEUE),
-                Some("cgroup" | "cgroup2") => Some(CGROUP),
-                _ => None,
-            };
-            let wanted = Wanted { kind, bind: mount.is_bind(), readonly: mount.is_readonly() };
-            mounts.entry(resolve(&mount.destination)).or_default().push(wanted);
+            mounts.entry(resolve(&mount.destination)).or_default().push(Wanted::of(mount, measure));
         }
         let linux = spec.linux.as_ref();
         let paths = |list: Option<&Vec<String>>| list.into_iter().flatten().map(|p| resolve(p)).collect();
@@ -128,6 +208,9 @@ impl Expected {
             masked: paths(linux.and_then(|l| l.masked_paths.as_ref())),
             readonly: paths(linux.and_then(|l| l.readonly_paths.as_ref())),
             devices: own.chain(usual).collect(),
+            readonly_root: spec.root.as_ref().is_some_and(|r| r.readonly == Some(true)),
+            own_cgroups: namespaces::has_own(spec, "cgroup"),
+            unmasked: measure.allowed_by("unmasked_paths"),
         }
     }
 }
@@ -139,7 +222,10 @@ fn table_fits(mounts: &[Mount], expected: &Expected, here: &dyn Fn(&str) -> bool
         let at = mount.at.as_str();
         ensure!(plain(at) && at.starts_with('/'), "the checkpoint mounts something at {at:?}");
         ensure!(plain(&mount.root), "the checkpoint mounts {:?} at {at}", mount.root);
-        let plugin = mount.with_plugin == Some(true) || mount.deleted == Some(true) || mount.kind == AUTO;
+        let known = expected.mounts.get(at).into_iter().flatten().any(|w| w.is(mount));
+        let plugin = mount.with_plugin == Some(true)
+            || mount.deleted == Some(true)
+            || mount.kind == AUTO && !known && mount.outside().is_none();
         ensure!(!plugin, "the checkpoint mounts something unusual at {at}");
         let times = seen.entry(at).or_default();
         *times += 1;
@@ -154,10 +240,10 @@ fn table_fits(mounts: &[Mount], expected: &Expected, here: &dyn Fn(&str) -> bool
     }
     for path in &expected.readonly {
         let there = covering(mounts, path).filter(|m| m.is_readonly());
-        covered(mounts, path, there.is_some(), "read-only", here)?;
+        covered(mounts, path, there.is_some(), ("read-only", &expected.unmasked), here)?;
     }
     for path in &expected.masked {
-        covered(mounts, path, covering(mounts, path).is_some(), "masked", here)?;
+        covered(mounts, path, covering(mounts, path).is_some(), ("masked", &expected.unmasked), here)?;
     }
     Ok(())
 }
@@ -176,16 +262,19 @@ fn surrounding<'a>(mounts: &'a [Mount], path: &str) -> Option<&'a Mount> {
     mounts.iter().filter(below).max_by_key(|m| m.at.len())
 }
 
-fn covered(mounts: &[Mount], path: &str, is: bool, how: &str, here: &dyn Fn(&str) -> bool) -> Result<()> {
+fn covered(
+    mounts: &[Mount],
+    path: &str,
+    is: bool,
+    (how, advice): (&str, &str),
+    here: &dyn Fn(&str) -> bool,
+) -> Result<()> {
     // what is not in a file system of the node's has nothing of the node's to show
     let reachable = surrounding(mounts, path).is_some_and(|m| matches!(m.kind, PROC | SYSFS));
     if is || !reachable || !here(path) {
         return Ok(());
     }
-    bail!(
-        "the checkpoint does not have {path} {how}, which exists on this node; {}",
-        allowed_by("unmasked_paths")
-    )
+    bail!("the checkpoint does not have {path} {how}, which exists on this node; {advice}")
 }
 
 fn alike(mount: &Mount, other: &Mount) -> Result<()> {
@@ -200,7 +289,9 @@ fn alike(mount: &Mount, other: &Mount) -> Result<()> {
 fn one(mount: &Mount, mounts: &[Mount], expected: &Expected) -> Result<()> {
     let at = mount.at.as_str();
     if at == "/" {
-        return Ok(()); // runc's, whatever the image says
+        // runc brings it, but CRIU makes it read-only, or not
+        ensure!(mount.is_readonly() || !expected.readonly_root, "it can be written to");
+        return Ok(());
     }
     if let Some(key) = mount.outside() {
         return from_outside(mount, key, expected);
@@ -213,8 +304,9 @@ fn one(mount: &Mount, mounts: &[Mount], expected: &Expected) -> Result<()> {
     if expected.readonly.contains(at) {
         // a bind mount of the very place
         let fits = surrounding(mounts, at).is_some_and(|m| {
-            let there = [m.at.trim_end_matches('/'), mount.root.as_str()].concat();
-            (m.device, m.kind) == (mount.device, mount.kind) && m.root == "/" && there == at
+            let below = at.strip_prefix(m.at.trim_end_matches('/')).unwrap_or_default();
+            let there = [m.root.trim_end_matches('/'), below].concat();
+            (m.device, m.kind) == (mount.device, mount.kind) && mount.root == there
         });
         ensure!(fits, "it shows {} there", mount.root);
         ensure!(mount.is_readonly(), "it can be written to");
@@ -227,22 +319,29 @@ fn one(mount: &Mount, mounts: &[Mount], expected: &Expected) -> Result<()> {
         return Ok(());
     }
     ensure!(mount.root == "/", "it shows {} there, not the whole of a file system", mount.root);
-    let kind = if mount.kind == CGROUP2 { CGROUP } else { mount.kind };
-    let fits =
-        wanted.iter().find(|w| !w.bind && w.kind.is_some_and(|k| k == kind || k == CGROUP && kind == TMPFS));
-    let Some(fits) = fits else {
+    if mount.kind == TMPFS && expected.brought_whole(at) {
+        return Ok(());
+    }
+    // with a cgroup namespace of its own the hierarchies of cgroup v1 lie in a tmpfs there
+    let hierarchy = mount.kind == CGROUP && mount.is_readonly() && expected.own_cgroups;
+    let above = at.rsplit_once('/').filter(|_| hierarchy).and_then(|(parent, _)| expected.mounts.get(parent));
+    let mut wanted = wanted.iter().chain(above.into_iter().flatten());
+    let Some(fits) = wanted.find(|w| w.is(mount)) else {
         bail!("the spec has no such mount (type {})", mount.kind);
     };
     // whole hierarchies of cgroup v1 are the node's: runc's come from outside
-    ensure!(mount.kind != CGROUP, "a hierarchy of the node's cgroups");
-    ensure!(mount.is_readonly() || !fits.readonly, "it can be written to");
+    ensure!(mount.kind != CGROUP || hierarchy, "a hierarchy of the node's cgroups");
+    // runc leaves the tmpfs writable in which it binds the hierarchies of cgroup v1
+    let holder = mount.kind == TMPFS && fits.kind == Some(CGROUP);
+    ensure!(mount.is_readonly() || !fits.readonly || holder, "it can be written to");
     Ok(())
 }
 
 /// What runc brings: from where, it knows itself; but whether it can be written to, the image says.
 fn from_outside(mount: &Mount, key: &str, expected: &Expected) -> Result<()> {
     let at = mount.at.as_str();
-    let masked = expected.masked.contains(at) && (key == MASKED_FILE || key == at);
+    let of_crun = key.ends_with(EMPTY_DIRECTORY) && !expected.mounts.contains_key(key);
+    let masked = expected.masked.contains(at) && (key == MASKED_FILE || key == at || of_crun);
     if masked || expected.devices.contains(at) && (key == at || key == MASKED_FILE) {
         return Ok(());
     }
@@ -254,6 +353,9 @@ fn from_outside(mount: &Mount, key: &str, expected: &Expected) -> Result<()> {
     let above = parent.into_iter().flatten().find(|w| w.kind == Some(CGROUP));
     let Some(wanted) = own.or(above) else { bail!("the spec has no such mount") };
     ensure!(mount.is_readonly() || !wanted.readonly, "it can be written to");
+    let missing = if wanted.bind { wanted.flags & !(mount.flags | mount.sb_flags.unwrap_or(0)) } else { 0 };
+    let words: Vec<&str> = FLAGS.iter().filter(|f| missing & f.0 != 0).map(|f| f.1).collect();
+    ensure!(words.is_empty(), "it is not {}, as the spec wants it", words.join(", "));
     Ok(())
 }
 

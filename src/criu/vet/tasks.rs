@@ -1,10 +1,15 @@
 //! Tasks: `inventory.img`, `pstree.img`, `ids-*.img`, `core-*.img`, `userns-*.img`.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
-use super::{Caps, Subject, image};
+use super::limits::{Bounds, Inherited, Limits};
+use super::namespaces::{has_own, is_apart};
+use super::seccomp::Judge;
+use super::{Caps, Measure, Subject, image, limits, namespaces};
 use crate::policy::config::Required;
 use crate::policy::model::{IdMapping, Spec};
 
@@ -64,8 +69,12 @@ pub struct Core {
 pub struct Task {
     #[prost(uint32, required, tag = "1")]
     pub state: u32,
+    #[prost(message, optional, tag = "8")]
+    pub rlimits: Option<Limits>,
     #[prost(uint32, optional, tag = "11")]
     pub old_seccomp_mode: Option<u32>,
+    #[prost(uint32, optional, tag = "12")]
+    pub old_seccomp_filter: Option<u32>,
     #[prost(int32, optional, tag = "14")]
     pub oom_score_adj: Option<i32>,
 }
@@ -73,17 +82,37 @@ pub struct Task {
 /// `thread_core_entry`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Thread {
+    #[prost(sint32, optional, tag = "3")]
+    pub nice: Option<i32>,
     #[prost(uint32, optional, tag = "4")]
     pub sched_policy: Option<u32>,
     #[prost(message, optional, tag = "10")]
     pub creds: Option<Creds>,
     #[prost(uint32, optional, tag = "11")]
     pub seccomp_mode: Option<u32>,
+    #[prost(uint32, optional, tag = "12")]
+    pub seccomp_filter: Option<u32>,
 }
 
 /// `creds_entry`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Creds {
+    #[prost(uint32, required, tag = "1")]
+    pub uid: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub gid: u32,
+    #[prost(uint32, required, tag = "3")]
+    pub euid: u32,
+    #[prost(uint32, required, tag = "4")]
+    pub egid: u32,
+    #[prost(uint32, required, tag = "5")]
+    pub suid: u32,
+    #[prost(uint32, required, tag = "6")]
+    pub sgid: u32,
+    #[prost(uint32, required, tag = "7")]
+    pub fsuid: u32,
+    #[prost(uint32, required, tag = "8")]
+    pub fsgid: u32,
     #[prost(uint32, repeated, tag = "9")]
     pub inheritable: Vec<u32>,
     #[prost(uint32, repeated, tag = "10")]
@@ -92,6 +121,8 @@ pub struct Creds {
     pub effective: Vec<u32>,
     #[prost(uint32, repeated, tag = "12")]
     pub bounding: Vec<u32>,
+    #[prost(uint32, repeated, tag = "14")]
+    pub groups: Vec<u32>,
     #[prost(string, optional, tag = "15")]
     pub lsm_profile: Option<String>,
     #[prost(string, optional, tag = "16")]
@@ -137,6 +168,9 @@ struct Demands<'a> {
     outside: Ids,
     /// The lowest `oom_score_adj`.
     oom: i64,
+    bounds: Bounds,
+    /// None: the spec has no filter.
+    filters: Option<RefCell<Judge>>,
 }
 
 pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()> {
@@ -146,24 +180,32 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()
     ensure!(inventory.len() == 1, "inventory.img has {} entries", inventory.len());
     let tree: Vec<Process> = one(&images.join("pstree.img"), PSTREE_MAGIC)?;
     let roots: Vec<_> = tree.iter().filter(|p| p.ppid == 0).collect();
-    // CRIU makes a pid namespace for a process 1 alone
+    // CRIU makes a pid namespace for a process 1 alone; in one of somebody else's there is one already
+    let others = matches!(subject.measure, Measure::Spec { .. }) && !has_own(spec, "pid");
     ensure!(
-        matches!(roots[..], [first] if first.pid == 1 && first == &tree[0]),
+        matches!(roots[..], [first] if (first.pid == 1 || others) && first == &tree[0]),
         "the checkpoint's first process is not process 1 of a pid namespace of its own"
     );
-    let asked = spec.process.as_ref().and_then(|p| p.oom_score_adj);
-    // without any wish of the spec's it is what this process would hand down
-    let own = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|t| t.trim().parse().ok());
-    let oom = [Some(subject.policy.min_oom_score_adj), asked, own].into_iter().flatten().min().unwrap_or(0);
-    let demands = Demands { subject, spec, caps, outside, oom };
+    let bounds = Bounds::of(spec, caps, &subject.measure, Inherited::here());
+    let filters = Judge::new(images, spec)?.map(RefCell::new);
+    let demands = Demands {
+        subject,
+        spec,
+        caps,
+        outside,
+        oom: oom_floor(&subject.measure, spec, caps),
+        bounds,
+        filters,
+    };
     for process in &tree {
         let ids: Vec<Ids> =
             image::read(&images.join(format!("ids-{}.img", process.pid)), IDS_MAGIC)?.unwrap_or_default();
         let core = images.join(format!("core-{}.img", process.pid));
         ensure!(core.exists(), "the checkpoint has no core-{}.img", process.pid);
         ensure!(
-            process.pid != 1 || !ids.is_empty(),
-            "the checkpoint does not say in which namespaces process 1 is"
+            *process != tree[0] || !ids.is_empty(),
+            "the checkpoint does not say in which namespaces process {} is",
+            process.pid
         );
         for ids in &ids {
             demands.namespaces(ids).with_context(|| format!("process {}", process.pid))?;
@@ -180,7 +222,20 @@ pub(super) fn check(subject: &Subject<'_>, spec: &Spec, caps: Caps) -> Result<()
             demands.core(&core).with_context(|| format!("process or thread {number} of the checkpoint"))?;
         }
     }
+    limits::check_old(images, &demands.bounds)?;
     user_namespace(images, spec)
+}
+
+/// The lowest `oom_score_adj` that a task may have.
+fn oom_floor(measure: &Measure<'_>, spec: &Spec, caps: Caps) -> i64 {
+    let asked = spec.process.as_ref().and_then(|p| p.oom_score_adj);
+    // without any wish of the spec's it is what this process would hand down
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|t| t.trim().parse().ok());
+    match measure.policy() {
+        Some(policy) => [Some(policy.min_oom_score_adj), asked, own].into_iter().flatten().min().unwrap_or(0),
+        None if caps.has("CAP_SYS_RESOURCE") => -1000,
+        None => asked.or(own).unwrap_or(0),
+    }
 }
 
 fn one<M: prost::Message + Default>(path: &Path, magic: u32) -> Result<Vec<M>> {
@@ -196,13 +251,16 @@ impl Demands<'_> {
             ("ipc", ids.ipc, out.ipc),
             ("uts", ids.uts, out.uts),
         ] {
-            let has =
-                self.spec.linux.iter().flat_map(|l| l.namespaces.iter().flatten()).any(|n| n.kind == what);
+            let has = is_apart(self.spec, what);
             let own = inside.unwrap_or(0) != outside.unwrap_or(0) && inside.unwrap_or(0) != 0;
             ensure!(own || !has, "it would be in this node's {what} namespace");
         }
         let net = ids.net.unwrap_or(0) != 0 && ids.net != out.net;
-        ensure!(net || self.subject.in_netns, "it would be in this node's network namespace");
+        let may = match self.subject.measure {
+            Measure::Policy { in_netns, .. } => in_netns,
+            Measure::Spec { .. } => !is_apart(self.spec, "network"),
+        };
+        ensure!(net || may, "it would be in this node's network namespace");
         let user = ids.user.unwrap_or(0) != out.user.unwrap_or(0);
         ensure!(
             user == has_user(self.spec),
@@ -216,12 +274,15 @@ impl Demands<'_> {
         if let Some(ids) = &core.ids {
             self.namespaces(ids)?;
         }
+        if let Some(limits) = core.task.as_ref().and_then(|t| t.rlimits.as_ref()) {
+            self.bounds.limits(&limits.all)?;
+        }
         if let Some(adjust) = core.task.as_ref().and_then(|t| t.oom_score_adj).map(i64::from)
             && adjust < self.oom
         {
             bail!(
                 "it is spared when memory runs out (oom_score_adj {adjust}); {}",
-                allowed_by("min_oom_score_adj")
+                self.subject.measure.allowed_by("min_oom_score_adj")
             );
         }
         let Some(thread) = &core.thread else {
@@ -233,7 +294,6 @@ impl Demands<'_> {
     }
 
     fn thread(&self, thread: &Thread, task: Option<&Task>) -> Result<()> {
-        let policy = self.subject.policy;
         let creds = match (&thread.creds, task) {
             (Some(creds), _) => creds,
             // what has ended needs none
@@ -257,22 +317,29 @@ impl Demands<'_> {
             );
         }
         let process = self.spec.process.as_ref();
-        if policy.requires(Required::NoNewPrivileges) {
-            ensure!(
-                creds.no_new_privs == Some(1),
-                "it may gain privileges by setuid programs; {}",
-                allowed_by("require")
-            );
+        let measure = &self.subject.measure;
+        let asked = process.is_some_and(|p| p.no_new_privileges == Some(true));
+        if asked || measure.policy().is_some_and(|p| p.requires(Required::NoNewPrivileges)) {
+            let advice = if asked { "the spec forbids that".into() } else { measure.allowed_by("require") };
+            ensure!(creds.no_new_privs == Some(1), "it may gain privileges by setuid programs; {advice}");
         }
-        let filtered = self.spec.linux.as_ref().is_some_and(|l| l.seccomp.is_some());
-        let mode = thread.seccomp_mode.or(task.and_then(|t| t.old_seccomp_mode));
-        ensure!(!filtered || mode == Some(FILTER), "it has no seccomp filter, which the spec has");
+        if asked {
+            self.user(creds)?;
+        }
+        if let Some(judge) = &self.filters {
+            let mode = thread.seccomp_mode.or(task.and_then(|t| t.old_seccomp_mode));
+            ensure!(mode == Some(FILTER), "it has no seccomp filter, which the spec has");
+            judge.borrow_mut().judge(thread.seccomp_filter.or(task.and_then(|t| t.old_seccomp_filter)))?;
+        }
         ensure!(creds.apparmor_data.is_none(), "it brings a policy of AppArmor");
         let profile =
             process.and_then(|p| p.apparmor_profile.as_deref()).filter(|p| !matches!(*p, "" | "unconfined"));
         if let Some(profile) = profile.filter(|_| Path::new(APPARMOR).exists()) {
             let is = creds.lsm_profile.as_deref().unwrap_or_default();
-            ensure!(is == profile, "it has the AppArmor profile {is:?}, the spec {profile:?}");
+            // or one that the profile itself brings, as this node has it
+            let below =
+                is.strip_prefix(profile).is_some_and(|rest| rest.is_empty() || rest.starts_with("//"));
+            ensure!(below, "it has the AppArmor profile {is:?}, the spec {profile:?}");
         }
         if let Some(label) = process.and_then(|p| p.selinux_label.as_deref()).filter(|l| !l.is_empty()) {
             let is = creds.lsm_profile.as_deref().unwrap_or_default();
@@ -283,24 +350,38 @@ impl Demands<'_> {
                 "it makes sockets with the SELinux label {sockets:?}"
             );
         }
-        // SCHED_OTHER, SCHED_BATCH, SCHED_IDLE
-        let fair = matches!(thread.sched_policy.unwrap_or(0), 0 | 3 | 5);
-        ensure!(
-            fair || policy.realtime || self.caps.has("CAP_SYS_NICE"),
-            "it is scheduled before others; {}",
-            allowed_by("realtime")
-        );
+        self.bounds.priority(thread.sched_policy.unwrap_or(0), thread.nice.unwrap_or(0))
+    }
+
+    /// Without new privileges and without the capabilities for it nobody becomes somebody else.
+    fn user(&self, creds: &Creds) -> Result<()> {
+        let user = self.spec.process.as_ref().and_then(|p| p.user.as_ref());
+        let number = |name: &str| user.and_then(|u| u.get(name)).and_then(Value::as_u64).unwrap_or(0);
+        let (uid, gid) = (number("uid"), number("gid"));
+        if !self.caps.has("CAP_SETUID") {
+            let other =
+                [creds.uid, creds.euid, creds.suid, creds.fsuid].into_iter().find(|u| u64::from(*u) != uid);
+            ensure!(other.is_none(), "it is user {}, the spec's is {uid}", other.unwrap_or_default());
+        }
+        if !self.caps.has("CAP_SETGID") {
+            let more = user.and_then(|u| u.get("additionalGids")).and_then(Value::as_array);
+            let more: Vec<u64> = more.into_iter().flatten().filter_map(Value::as_u64).collect();
+            let main =
+                [creds.gid, creds.egid, creds.sgid, creds.fsgid].into_iter().find(|g| u64::from(*g) != gid);
+            let fits = |g: &&u32| u64::from(**g) == gid || more.contains(&u64::from(**g));
+            let other = main.or(creds.groups.iter().find(|g| !fits(g)).copied());
+            ensure!(
+                other.is_none(),
+                "it is in the group {}, which the spec does not name",
+                other.unwrap_or_default()
+            );
+        }
         Ok(())
     }
 }
 
-/// The end of a sentence.
-pub(super) fn allowed_by(key: &str) -> String {
-    format!("`{key}` in the section [policy] of this node's agent.toml would allow it")
-}
-
 fn has_user(spec: &Spec) -> bool {
-    spec.linux.iter().flat_map(|l| l.namespaces.iter().flatten()).any(|n| n.kind == "user")
+    namespaces::all(spec).any(|n| n.kind == "user")
 }
 
 fn user_namespace(images: &Path, spec: &Spec) -> Result<()> {
@@ -309,21 +390,30 @@ fn user_namespace(images: &Path, spec: &Spec) -> Result<()> {
         ensure!(all.is_empty(), "the checkpoint has a user namespace, the spec has none");
         return Ok(());
     }
+    if !has_own(spec, "user") {
+        return Ok(()); // somebody else's, with the maps that it has
+    }
     let linux = spec.linux.as_ref();
     for (_, path) in all {
         for found in one::<UserNamespace>(&path, USERNS_MAGIC)? {
             let given = |map: Option<&Vec<IdMapping>>| -> Vec<Extent> {
                 let extent =
                     |m: &IdMapping| Extent { first: m.container_id, lower_first: m.host_id, count: m.size };
-                map.into_iter().flatten().map(extent).collect()
+                sorted(map.into_iter().flatten().map(extent).collect())
             };
             let uids = given(linux.and_then(|l| l.uid_mappings.as_ref()));
             let gids = given(linux.and_then(|l| l.gid_mappings.as_ref()));
             ensure!(
-                found.uids == uids && found.gids == gids,
+                sorted(found.uids) == uids && sorted(found.gids) == gids,
                 "the checkpoint maps IDs otherwise than the spec"
             );
         }
     }
     Ok(())
+}
+
+/// The kernel shows long maps in an order of its own.
+fn sorted(mut all: Vec<Extent>) -> Vec<Extent> {
+    all.sort_by_key(|e| (e.first, e.lower_first, e.count));
+    all
 }

@@ -13,7 +13,7 @@ use super::*;
 use crate::criu::images::IMG_COMMON_MAGIC;
 use crate::policy::config::Required;
 
-const RECORDED: [(&str, &[u8]); 7] = [
+pub(super) const RECORDED: [(&str, &[u8]); 8] = [
     ("inventory.img", include_bytes!("recorded/inventory.img")),
     ("pstree.img", include_bytes!("recorded/pstree.img")),
     ("ids-1.img", include_bytes!("recorded/ids-1.img")),
@@ -21,18 +21,24 @@ const RECORDED: [(&str, &[u8]); 7] = [
     ("files.img", include_bytes!("recorded/files.img")),
     ("cgroup.img", include_bytes!("recorded/cgroup.img")),
     ("mountpoints-12.img", include_bytes!("recorded/mountpoints-12.img")),
+    // of another container with the same profile: runc 1.1, libseccomp 2.6
+    ("seccomp.img", include_bytes!("recorded/seccomp.img")),
 ];
 
 /// A bundle and images, as they lie before a restore.
-struct Bed {
-    dir: tempfile::TempDir,
-    policy: Policy,
-    spec: serde_json::Value,
-    in_netns: bool,
+pub(super) struct Bed {
+    pub dir: tempfile::TempDir,
+    pub policy: Policy,
+    pub spec: serde_json::Value,
+    pub in_netns: bool,
+    /// Not a dump of ours, but one by an OCI runtime, with this parent.
+    pub runtimes: Option<&'static str>,
+    /// The seccomp profile that the container was made with. The spec has one that refuses nothing: looking at a filter takes its time.
+    pub profile: serde_json::Value,
 }
 
 impl Bed {
-    fn new() -> Bed {
+    pub fn new() -> Bed {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("bundle/rootfs/proc")).unwrap();
         fs::create_dir(dir.path().join("images")).unwrap();
@@ -41,6 +47,8 @@ impl Bed {
         }
         let mut spec = crate::policy::tests::record("ctr-1.7-seccomp").spec;
         spec["process"]["oomScoreAdj"] = serde_json::json!(-1000); // whatever the machine of the test hands down
+        let lax = serde_json::json!({"defaultAction": "SCMP_ACT_ALLOW"});
+        let profile = std::mem::replace(&mut spec["linux"]["seccomp"], lax);
         // the machine that made the images had none of the others
         let policy = Policy {
             unmasked_paths: [
@@ -58,28 +66,32 @@ impl Bed {
             ..Policy::default()
         };
         // the dump was made inside the container's network
-        Bed { dir, policy, spec, in_netns: true }
+        Bed { dir, policy, spec, in_netns: true, runtimes: None, profile }
     }
 
-    fn images(&self) -> std::path::PathBuf {
+    pub fn images(&self) -> std::path::PathBuf {
         self.dir.path().join("images")
     }
 
-    fn verdict(&self) -> Result<()> {
+    pub fn verdict(&self) -> Result<()> {
         let bundle = self.dir.path().join("bundle");
         fs::write(bundle.join("config.json"), self.spec.to_string()).unwrap();
         let (images, in_netns) = (self.images(), self.in_netns);
-        check(&Subject { images: &images, bundle: &bundle, policy: &self.policy, in_netns })
+        let measure = match self.runtimes {
+            Some(parent) => Measure::Spec { parent },
+            None => Measure::Policy { policy: &self.policy, in_netns },
+        };
+        check(&Subject { images: &images, bundle: &bundle, measure })
     }
 
     #[track_caller]
-    fn refused(&self, word: &str) {
+    pub fn refused(&self, word: &str) {
         let said = format!("{:#}", self.verdict().unwrap_err());
         assert!(said.contains(word), "{said:?} without {word:?}");
     }
 
     /// Rewrites an image's entries; fields that are not known here are lost, which changes nothing.
-    fn change<M: Message + Default>(&self, name: &str, change: impl FnOnce(&mut Vec<M>)) {
+    pub fn change<M: Message + Default>(&self, name: &str, change: impl FnOnce(&mut Vec<M>)) {
         let path = self.images().join(name);
         let bytes = fs::read(&path).unwrap();
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
@@ -89,7 +101,7 @@ impl Bed {
         self.write(name, &bytes[..head], &all);
     }
 
-    fn write<M: Message>(&self, name: &str, head: &[u8], all: &[M]) {
+    pub fn write<M: Message>(&self, name: &str, head: &[u8], all: &[M]) {
         let mut out = head.to_vec();
         for entry in all {
             let entry = entry.encode_to_vec();
@@ -99,11 +111,11 @@ impl Bed {
         fs::write(self.images().join(name), out).unwrap();
     }
 
-    fn core(&self, change: impl FnOnce(&mut Core)) {
+    pub fn core(&self, change: impl FnOnce(&mut Core)) {
         self.change::<Core>("core-1.img", |all| change(&mut all[0]));
     }
 
-    fn mounts(&self, change: impl FnOnce(&mut Vec<Mount>)) {
+    pub fn mounts(&self, change: impl FnOnce(&mut Vec<Mount>)) {
         self.change::<Mount>("mountpoints-12.img", change);
     }
 }
@@ -144,8 +156,7 @@ fn only_images_of_a_dump() {
         "tmpfs-dev-74.tar.gz.img",
         "tcp-stream-a1.img",
     ] {
-        let kind = kind_of(name);
-        assert!(NAMES.contains(&kind.as_str()), "{name}: {kind}");
+        assert!(names::is_known(name), "{name}");
     }
     let bed = Bed::new();
     fs::remove_file(bed.images().join("inventory.img")).unwrap();
@@ -287,6 +298,8 @@ fn filters_labels_and_scheduling() {
     thread(|t| t.sched_policy = Some(1)).refused("`realtime`");
     thread(|t| t.creds = None).refused("what it may do");
     let mut bed = thread(|t| t.creds.as_mut().unwrap().no_new_privs = None);
+    bed.refused("the spec forbids that");
+    bed.spec["process"]["noNewPrivileges"] = false.into();
     bed.verdict().unwrap();
     bed.policy.require = vec![Required::NoNewPrivileges];
     bed.refused("setuid");
@@ -319,7 +332,7 @@ fn kinds_of_files() {
     {
         with(of(kind)).refused(word);
     }
-    with(of(11)).verdict().unwrap();
+    with(of(10)).verdict().unwrap();
     with(File { inet: Some(Inet { kind: Some(3) }), ..of(4) }).verdict().unwrap();
     let mut bed = with(File { inet: Some(Inet { kind: Some(3) }), ..of(4) });
     for set in ["bounding", "effective", "permitted"] {
@@ -330,13 +343,22 @@ fn kinds_of_files() {
         (creds.bounding, creds.effective, creds.permitted) = (vec![], vec![], vec![]);
     });
     bed.refused("CAP_NET_RAW");
+    bed.change::<File>("files.img", |all| all.last_mut().unwrap().inet = None);
+    bed.change::<File>("files.img", |all| all.last_mut().unwrap().kind = 10);
+    bed.refused("a packet socket");
+    // a terminal takes nothing
+    bed.change::<File>("files.img", |all| all.last_mut().unwrap().kind = 11);
+    bed.verdict().unwrap();
     with(File { regular: Some(Regular { external: Some(true), name: None }), ..of(1) })
         .refused("not the container's");
 }
 
 #[test]
 fn cgroups_of_the_node() {
-    let set = |path: &str| Set { id: 2, members: vec![Member { name: "devices".into(), path: path.into() }] };
+    let set = |path: &str| Set {
+        id: 2,
+        members: vec![Member { name: "devices".into(), path: path.into(), prefix: None }],
+    };
     let bed = Bed::new();
     bed.change::<Cgroups>("cgroup.img", |all| all[0].sets = vec![set("/")]);
     bed.refused("which cgroups of this node");
@@ -354,17 +376,20 @@ fn cgroups_of_the_node() {
         bed.verdict().map_err(|e| format!("{e:#}"))
     };
     try_it(set("/default/s2"), dir("default/s2")).unwrap();
-    assert!(try_it(set("/"), dir("default/s2")).unwrap_err().contains("in the cgroup /"));
+    assert!(try_it(set("/"), dir("default/s2")).unwrap_err().contains("in which it has no task"));
     assert!(try_it(set("/default/s2/../../x"), dir("default/s2")).is_err());
     assert!(try_it(set("/default/s2"), dir("../default/s2")).is_err());
-    let agent = Dir { properties: vec![Property { name: "release_agent".into() }], ..dir("default/s2") };
+    let agent = Dir {
+        properties: vec![Property { name: "release_agent".into(), value: "/x".into() }],
+        ..dir("default/s2")
+    };
     assert!(try_it(set("/default/s2"), agent.clone()).unwrap_err().contains("release_agent"));
     let nested = Dir { children: vec![agent], ..dir("default/s2") };
     assert!(try_it(set("/default/s2"), nested).is_err());
 }
 
 /// The entry at a place.
-fn at<'a>(all: &'a mut [Mount], place: &str) -> &'a mut Mount {
+pub(super) fn at<'a>(all: &'a mut [Mount], place: &str) -> &'a mut Mount {
     all.iter_mut().find(|m| m.at == place).unwrap()
 }
 
