@@ -10,7 +10,7 @@ const PAGE: usize = 4096;
 struct Area(*mut u8, usize);
 
 /// Where the next one goes: far from the program, the heap, libraries and stacks.
-static AREAS: AtomicUsize = AtomicUsize::new(0x10_0000_0000);
+static AREAS: AtomicUsize = AtomicUsize::new(0x2000_0000_0000);
 
 impl Area {
     fn new(pages: usize, flags: libc::c_int) -> Area {

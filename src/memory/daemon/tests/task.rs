@@ -13,10 +13,10 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use super::super::handshake::FINISHED;
 
 pub const P: u64 = 4096;
-/// Where the memory is: far from everything else.
-pub const BASE: u64 = 0x1000_0000_0000;
+/// Where the memory is: far from everything else, AddressSanitizer's shadow too.
+pub const BASE: u64 = 0x2000_0000_0000;
 /// Where memory is moved to.
-const ELSEWHERE: u64 = 0x1800_0000_0000;
+const ELSEWHERE: u64 = 0x2800_0000_0000;
 /// The pid that the task says it has.
 pub const PID: i32 = 77;
 
