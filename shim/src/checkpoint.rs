@@ -76,6 +76,7 @@ impl Container {
             bundle: self.bundle.clone(),
             images: image.clone(),
             parent: parent.clone(),
+            unvetted: self.shared.unvetted.clone(),
         };
         vet::check(restore).await?;
         let mut args = RestoreArgs {

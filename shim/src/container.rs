@@ -56,6 +56,8 @@ pub struct Shared {
     pub events: Arc<Publisher>,
     /// The shim's runtime, for callers from other threads.
     pub runtime: Handle,
+    /// Which containers' images are restored whatever they say: [`crate::vet::UNVETTED`].
+    pub unvetted: PathBuf,
 }
 
 impl Shared {

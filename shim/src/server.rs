@@ -28,7 +28,7 @@ use tokio::{
 
 use crate::{
     bootstrap::LISTEN_FD, container::Shared, descriptors, events::Publisher, hooks::Hooks, reaper::Reaper,
-    service::Service,
+    service::Service, vet,
 };
 
 /// Time for the answer to a Shutdown call to leave before the process ends. The tasks that write it are ready by then and come first; a
@@ -81,6 +81,7 @@ async fn serve(flags: &Flags, hooks: Arc<dyn Hooks>) -> Result<()> {
         reaper,
         events: events.clone(),
         runtime: Handle::current(),
+        unvetted: vet::UNVETTED.into(),
     };
     let service = Service::new(shared, hooks);
 
@@ -154,6 +155,7 @@ mod tests {
             reaper: Reaper::default(),
             events: Arc::new(Publisher::new("/nonexistent", "ns")),
             runtime: Handle::current(),
+            unvetted: vet::UNVETTED.into(),
         };
         let table = services(Arc::new(Service::new(shared, Arc::new(NoHooks))));
         let names: Vec<_> = table.iter().map(|(n, _)| n.as_str()).collect();

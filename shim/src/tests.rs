@@ -127,6 +127,7 @@ impl Bed {
             reaper: Reaper::start().unwrap(),
             events: Arc::new(Publisher::new(socket.to_str().unwrap(), "test")),
             runtime: Handle::current(),
+            unvetted: dir.path().join("unvetted"),
         };
         let service = Service::new(shared.clone(), Arc::new(NoHooks));
         Self { dir, service, shared, events, _daemon: daemon }
@@ -372,6 +373,10 @@ async fn created_from_a_checkpoint_it_is_restored_at_start() {
     assert_eq!(bed.service.create(&call(), request).await.unwrap().pid, 0);
     assert_eq!(bed.state().await.status.enum_value_or_default(), api::Status::CREATED);
     assert!(!bed.calls().contains("create"));
+    // there are no images that could be looked at
+    assert!(text(bed.start("").await).contains("the checkpoint in /images is refused"));
+    assert!(!bed.calls().contains("restore"));
+    fs::write(bed.path("unvetted"), "test/c1\n").unwrap();
     bed.fail("restore", "criu failed");
     assert!(text(bed.start("").await).contains("OCI runtime restore failed: criu failed"));
     fs::remove_file(bed.path("fail-restore")).unwrap();

@@ -32,6 +32,8 @@ pub struct Restore {
     pub images: PathBuf,
     /// Images of a previous pre-dump, or empty.
     pub parent: String,
+    /// The file of the node that says whose images pass unseen: [`UNVETTED`].
+    pub unvetted: PathBuf,
 }
 
 /// Looks, in a helper thread: the other containers of the pod shall not wait for it.
@@ -39,14 +41,13 @@ pub struct Restore {
 /// # Errors
 /// The images are refused. Nothing has been made.
 pub async fn check(restore: Restore) -> TaskResult<()> {
-    let work = move || look(&restore, Path::new(UNVETTED));
-    tokio::task::spawn_blocking(work)
+    tokio::task::spawn_blocking(move || look(&restore))
         .await
         .map_err(|e| TaskError::unknown(format!("looking at images: {e}")))?
 }
 
-fn look(restore: &Restore, unvetted: &Path) -> TaskResult<()> {
-    let Restore { namespace, id, bundle, images, parent } = restore;
+fn look(restore: &Restore) -> TaskResult<()> {
+    let Restore { namespace, id, bundle, images, parent, unvetted } = restore;
     let subject = Subject { images, bundle, measure: Measure::Spec { parent } };
     let Err(reason) = vet::check(&subject) else { return Ok(()) };
     let name = format!("{namespace}/{id}");
@@ -110,19 +111,19 @@ mod tests {
         }
         fs::write(bundle.join("config.json"), "{}").unwrap();
         std::os::unix::fs::symlink("/etc/shadow", images.join("pages-1.img")).unwrap();
-        let restore =
-            Restore { namespace: "default".into(), id: "c1".into(), bundle, images, parent: String::new() };
         let file = dir.path().join("unvetted");
-        let refused = look(&restore, &file).unwrap_err().to_string();
+        let (namespace, id, parent) = ("default".into(), "c1".into(), String::new());
+        let restore = Restore { namespace, id, bundle, images, parent, unvetted: file.clone() };
+        let refused = look(&restore).unwrap_err().to_string();
         for word in ["pages-1.img", "nothing was restored", "`default/c1`", "unvetted", "failed precondition"]
         {
             assert!(refused.contains(word), "{refused}");
         }
         fs::write(&file, "default/c1\n").unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
-        let refused = look(&restore, &file).unwrap_err().to_string();
+        let refused = look(&restore).unwrap_err().to_string();
         assert!(refused.contains("not root's alone"), "{refused}");
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-        look(&restore, &file).unwrap();
+        look(&restore).unwrap();
     }
 }
