@@ -208,7 +208,7 @@ async fn inspect(
 /// /proc: a process that was only now forked is a stranger once, but not when the list is read again. Nor is a program of the move that
 /// brought it here, which worked inside its network and is about to end.
 async fn stranger(containerd: &Namespace, task: &Task) -> Result<Option<u32>> {
-    const LOOKS: usize = 5;
+    const LOOKS: usize = 7;
     let mut own = containerd.task_pids(&task.id).await?;
     let mut found = netns::shared_with(task.pid, &own);
     for look in 1..LOOKS {

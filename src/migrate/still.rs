@@ -33,6 +33,9 @@ pub struct Entering {
     pub quiesce_ms: f64,
 }
 
+/// How long the tasks may take to stand still before their sockets are looked at.
+const REFREEZE: Duration = Duration::from_secs(2);
+
 impl Still {
     /// Freezes, fences, drains. Returns what was queued in the stdio beside it.
     ///
@@ -96,6 +99,13 @@ impl Still {
     /// The tasks run on as before.
     pub(super) fn roll_back(&mut self) -> Result<()> {
         self.armed = false;
+        // A CRIU that was killed in its dump had thawed them, and they run on as it dies. Until their sockets are out of repair mode, in
+        // which the kernel refuses to read and to write, they had better not.
+        if self.freezer.path().exists()
+            && let Err(e) = self.freezer.freeze(REFREEZE)
+        {
+            log::warn!("freezing the container once more: {e:#}");
+        }
         let unfenced = net::unfence(self.netns.as_fd());
         match net::unsilence(self.freezer.pids().unwrap_or_default()) {
             0 => {}

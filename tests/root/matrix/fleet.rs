@@ -171,6 +171,14 @@ impl Ship {
         Ok(())
     }
 
+    /// Whether it answers on a new connection, and its client has had no wrong reply.
+    pub fn is_whole(&self, bed: &Bed, node: Node) -> Result<bool> {
+        let pong = container::exec(bed, node, &self.id, &["redis-cli", "ping"])?;
+        let events = self.client.as_ref().context("no client")?.events()?;
+        let wrong = events.iter().any(|e| e["wrong"].as_u64().is_some_and(|wrong| wrong > 0));
+        Ok(pong.stdout.starts_with(b"PONG") && !wrong)
+    }
+
     /// What its client has had so far counts as old.
     pub fn mark(&mut self) -> Result<()> {
         let events = self.client.as_ref().context("no client")?.events()?;

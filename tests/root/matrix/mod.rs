@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use self::fault::{Fate, Fault};
+use self::fault::{Fate, Fault, Program};
 use self::fleet::{Fleet, fate, states};
 use self::place::{PLACES, Side, Stage};
 pub use self::strike::start_containerd;
@@ -103,10 +103,10 @@ fn strike_all(bed: &Bed, fleet: &mut Fleet<'_>, fault: Fault) -> Result<usize> {
     for &n in &cells {
         verdicts.insert(n, judge(fault, n, fates.get(&place::id(n)).copied(), said[&n].code));
     }
-    still_answer(fleet, &mut verdicts)?;
+    let cut_off = still_answer(bed, fleet, fault, &mut verdicts)?;
     let mut wrong = 0;
     for (n, verdict) in verdicts {
-        if needs_another(n, &verdict) {
+        if needs_another(n, &verdict) || cut_off.contains(&n) {
             fates.insert(place::id(n), Fate::Ended);
         }
         if let Err(why) = &verdict {
@@ -157,20 +157,33 @@ fn needs_another(n: usize, verdict: &Result<Fate, String>) -> bool {
     verdict.is_err() || given_back(n, verdict)
 }
 
-/// The clients of all that run still get replies, each as it must be; the verdict on those that do not is changed.
-fn still_answer(fleet: &mut Fleet<'_>, verdicts: &mut BTreeMap<usize, Result<Fate, String>>) -> Result<()> {
+/// The clients of all that run still get replies, each as it must be; the verdict on those that do not is changed. Returns those whose
+/// client has lost its connection where that may be.
+fn still_answer(
+    bed: &Bed,
+    fleet: &mut Fleet<'_>,
+    fault: Fault,
+    verdicts: &mut BTreeMap<usize, Result<Fate, String>>,
+) -> Result<Vec<usize>> {
     let runs =
         |n: usize, v: &Result<Fate, String>| matches!(v, Ok(Fate::Here | Fate::There)) && !given_back(n, v);
     // all of them first: their clients report once a second
     for (n, _) in verdicts.iter().filter(|(n, v)| runs(**n, v)) {
         fleet.ships[*n].mark()?;
     }
+    let mut cut_off = Vec::new();
     for (n, verdict) in verdicts.iter_mut().filter(|(n, v)| runs(**n, v)) {
-        if let Err(e) = fleet.ships[*n].goes_on() {
-            *verdict = Err(format!("its client: {e:#}"));
+        let Err(e) = fleet.ships[*n].goes_on() else { continue };
+        // CRIU holds sockets in repair mode and its tasks unfrozen. If it is killed they run at once, and the kernel refuses to read what
+        // had come unread before the freeze: a server takes that for a broken connection. What it has and does is whole.
+        if fault == Fault::Killed(Program::Criu, Side::Source) && fleet.ships[*n].is_whole(bed, Node::A)? {
+            eprintln!("matrix: {} lost its connection to a CRIU that was killed", fleet.ships[*n].id);
+            cut_off.push(*n);
+            continue;
         }
+        *verdict = Err(format!("its client: {e:#}"));
     }
-    Ok(())
+    Ok(cut_off)
 }
 
 /// Waits until every container is where it may stay: what the agents have not finished they go on with.
