@@ -17,16 +17,17 @@ use crate::trouble::{self, Mounted};
 /// How far the clock is stepped, in seconds: longer than a ticket lives.
 const STEP: i64 = 90;
 
-/// Starts containerd in a node, and waits until it answers.
+/// Starts containerd in a node, and waits until it answers. Its log, and its shims', goes on in `$1`.
 const CONTAINERD: &str = r#"
-setsid containerd > /run/containerd-again.log 2>&1 < /dev/null &
+setsid containerd >> $1 2>&1 < /dev/null &
 for i in $(seq 200); do ctr version > /dev/null 2>&1 && exit 0; sleep 0.05; done
-tail -20 /run/containerd-again.log; exit 1
+tail -20 $1; exit 1
 "#;
 
 /// Starts containerd, which has ended in a node.
 pub fn start_containerd(bed: &Bed, node: Node) -> Result<()> {
-    bed.sh(node, CONTAINERD).map(drop)
+    let log = trouble::folder(bed)?.join(node.name()).join("log/containerd.log");
+    bed.ok(node, &["bash", "-ec", CONTAINERD, "bash", &log.to_string_lossy()]).map(drop)
 }
 
 /// The node of a side, where containers come from this one.
