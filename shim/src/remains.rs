@@ -37,14 +37,15 @@ pub fn clear_unborn(root: &Path, id: &str, bundle: &Path) {
 fn remove(root: &Path, id: &str, bundle: &Path, unborn: bool) {
     let mut pauses = TRIES;
     let state = root.join(id);
+    let places = places(bundle);
     // runc kills the tasks of a container that it knows
     let half = state.exists() && !state.join("state.json").exists();
-    if end_criu(bundle) || half || unborn {
+    if end_criu(bundle, &places) || half || unborn {
         for cgroup in cgroups(bundle) {
             end_tasks(&cgroup);
         }
     }
-    unmount_yards(bundle);
+    unmount_yards(&places);
     if let Err(e) = patiently(&mut pauses, || remove_state(&state)) {
         log::error!("removing {}: {e}", state.display());
     }
@@ -63,10 +64,10 @@ fn remove(root: &Path, id: &str, bundle: &Path, unborn: bool) {
 
 /// Ends every CRIU that works in this bundle; one that finds out by itself that its runc is gone gets the time for it. Whether one had to be
 /// killed.
-fn end_criu(bundle: &Path) -> bool {
+fn end_criu(bundle: &Path, places: &[PathBuf]) -> bool {
     let mut killed = false;
     for attempt in 0..TRIES {
-        let left = criu_in(&places(bundle));
+        let left = criu_in(places);
         if left.is_empty() {
             break;
         }
@@ -110,10 +111,9 @@ fn end_tasks(cgroup: &Path) {
 }
 
 /// CRIU's view of the cgroups, below the directory it was started in (criu/cgroup.c, `prepare_cgroup_sfd`).
-fn unmount_yards(bundle: &Path) {
+fn unmount_yards(places: &[PathBuf]) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
-    let places = places(bundle);
     let yard = |p: &&Path| {
         places.iter().any(|dir| p.starts_with(dir)) && p.to_string_lossy().contains("/.criu.cgyard.")
     };
@@ -237,8 +237,9 @@ mod tests {
             std::process::Command::new(&program).arg("60").stdout(stdout).spawn().unwrap()
         };
         let (mut there, mut other) = (start(log.into()), start(std::process::Stdio::null()));
-        assert_eq!(criu_in(&places(&bundle)), [there.id() as i32]);
-        assert!(end_criu(&bundle));
+        let places = places(&bundle);
+        assert_eq!(criu_in(&places), [there.id() as i32]);
+        assert!(end_criu(&bundle, &places));
         assert!(!there.wait().unwrap().success());
         assert!(other.try_wait().unwrap().is_none());
         other.kill().unwrap();

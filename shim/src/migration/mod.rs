@@ -115,13 +115,9 @@ impl Slot {
         filling.wait()
     }
 
-    /// Asks a migration to end; whether there is one.
-    fn ask_to_end(&self) -> bool {
-        let abort = self.state().abort.clone();
-        abort.is_some_and(|abort| {
-            abort.ask();
-            true
-        })
+    /// Asks the migration that is in progress to end, if there is one; false: it was committed, and goes on to its end.
+    fn ask_to_end(&self) -> Option<bool> {
+        self.state().abort.as_ref().map(Abort::ask)
     }
 
     /// Ends it, however it went.
@@ -169,7 +165,7 @@ impl Hooks for Migrations {
         Box::pin(async move {
             let Some(slot) = slot else { return };
             let since = Instant::now();
-            while slot.ask_to_end() {
+            while slot.ask_to_end().is_some() {
                 if since.elapsed() > ABANDON {
                     log::error!("{id}: its migration does not end; deleting it all the same");
                     return;
@@ -182,9 +178,7 @@ impl Hooks for Migrations {
     fn deleted(&self, container: &Arc<Container>) {
         if let Some(listening) = self.table().remove(&container.id) {
             listening.task.abort();
-            if let Some(abort) = &listening.slot.state().abort {
-                abort.ask();
-            }
+            listening.slot.ask_to_end();
             fs::remove_file(&listening.path).ok();
         }
     }

@@ -113,10 +113,9 @@ fn inspect(container: &Arc<Container>, slot: &Slot) -> Inspected {
 }
 
 fn abort(slot: &Slot) -> Result<Option<Report>> {
-    let state = slot.state();
-    match &state.abort {
-        Some(a) if a.ask() => Ok(Some(Report::default())),
-        Some(_) => bail!("the migration was committed: it cannot be given up any more"),
+    match slot.ask_to_end() {
+        Some(true) => Ok(Some(Report::default())),
+        Some(false) => bail!("the migration was committed: it cannot be given up any more"),
         None => bail!("no migration is in progress"),
     }
 }
