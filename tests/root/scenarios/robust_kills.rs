@@ -48,7 +48,14 @@ fn alone(bed: &Bed) -> Result<()> {
     kill(bed, "t1", &["t1"], "^sleep 1000")?;
     // a new life under the same name
     forget_task(bed, "t1")?;
-    bed.ok(Node::A, &["ctr", "task", "start", "-d", "--null-io", "t1"])?;
+    let start = ["ctr", "task", "start", "-d", "--null-io", "t1"];
+    // containerd cleans up in the background, and has the name until it is done
+    wait_for(Duration::from_secs(10), "containerd lets go of the name", || {
+        let started = bed.run(Node::A, &start)?;
+        let busy = String::from_utf8_lossy(&started.stderr).contains("task t1: already exists");
+        ensure!(started.status.success() || busy, "{started:?}");
+        Ok(started.status.success())
+    })?;
     let output = container::exec(bed, Node::A, "t1", &["echo", "hello"])?;
     ensure!(output.stdout == b"hello\n", "{output:?}");
     container::delete(bed, Node::A, "t1")
