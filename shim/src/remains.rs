@@ -230,14 +230,22 @@ mod tests {
         fs::create_dir(&bundle).unwrap();
         std::os::unix::fs::symlink(dir.path().join("elsewhere"), bundle.join("work")).unwrap();
         let log = fs::File::create(bundle.join("work/restore.log")).unwrap();
-        // named criu, and with the log open; and the same without
+        // named criu, and with the log open; and the same without. A link: a copy may be "busy" while another test forks
         let program = dir.path().join("criu");
-        fs::copy("/bin/sleep", &program).unwrap();
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
         let start = |stdout: std::process::Stdio| {
             std::process::Command::new(&program).arg("60").stdout(stdout).spawn().unwrap()
         };
+        let since = std::time::Instant::now();
         let (mut there, mut other) = (start(log.into()), start(std::process::Stdio::null()));
         let places = places(&bundle);
+        // spawn() returns as soon as the new memory is in place, the kernel gives the name a little later (fs/exec.c, begin_new_exec)
+        for pid in [there.id(), other.id()] {
+            while fs::read_to_string(format!("/proc/{pid}/comm")).unwrap() != "criu\n" {
+                assert!(since.elapsed().as_secs() < 60, "{pid} is never named");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         assert_eq!(criu_in(&places), [there.id() as i32]);
         assert!(end_criu(&bundle, &places));
         assert!(!there.wait().unwrap().success());
