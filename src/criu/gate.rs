@@ -3,7 +3,7 @@
 //!
 //! - `criu` stands first in runc's PATH. runc starts it as `criu swrk 3` with the RPC socket as descriptor 3. If the request that waits there is
 //!   RESTORE, it says so on the gate's socket and waits for the answer; in any case it then becomes the real CRIU (same process).
-//! - `action` is CRIU's action script. At `post-restore` the tasks are complete and have not run; its exit status decides.
+//! - `action` is CRIU's action script, which stands behind the program `transship-quick` where there is one: that answers most calls. At `post-restore` the tasks are complete and have not run; its exit status decides.
 //!   CRIU reads its configuration twice and so calls each script twice: the second call finds the answer in a file.
 //!
 //! It runs before anything else in the shim's main: no threads, no runtime. The other side is [`super::gate_server`].
@@ -192,6 +192,7 @@ fn without(dir: &Path, path: OsString) -> OsString {
 mod tests {
     use super::super::gate_server::{GateServer, Wait};
     use super::*;
+    use crate::program::Programs;
     use std::time::Duration;
 
     fn gates() -> (tempfile::TempDir, GateServer) {
@@ -201,7 +202,7 @@ mod tests {
         std::fs::create_dir(&bundle).unwrap();
         let server = GateServer::prepare(
             &bundle,
-            Path::new("/bin/true"),
+            &Programs { full: "/bin/true".into(), quick: None },
             Path::new("/usr/sbin/criu"),
             "tcp-established",
         )

@@ -25,6 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
 use super::options::MASKED_FILE;
 use crate::private;
+use crate::program::{Programs, QUICK_DIR};
 
 /// Name of the gate's directory in the bundle.
 pub const DIR: &str = "gate";
@@ -80,24 +81,25 @@ pub struct GateServer {
 }
 
 impl GateServer {
-    /// Makes `<bundle>/gate/` and `<bundle>/criu.conf` and listens. `program` is the shim's executable, whose main calls
+    /// Makes `<bundle>/gate/` and `<bundle>/criu.conf` and listens. The main of `programs.full` calls
     /// [`super::gate::main_if_invoked`]. `conf` is further lines of CRIU's configuration. Leftovers of an earlier restore are replaced.
-    pub fn prepare(bundle: &Path, program: &Path, criu: &Path, conf: &str) -> Result<Self> {
+    pub fn prepare(bundle: &Path, programs: &Programs, criu: &Path, conf: &str) -> Result<Self> {
         let dir = bundle.join(DIR);
         remove(bundle)?;
         let make = || -> std::io::Result<()> {
             fs::create_dir(&dir)?;
             fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
-            symlink(program, dir.join(CRIU))?;
-            symlink(program, dir.join(ACTION))?;
+            symlink(&programs.full, dir.join(CRIU))?;
+            programs.named(&dir, ACTION)?;
             private::write(&dir.join(REAL_CRIU), criu.as_os_str().as_encoded_bytes())?;
             Ok(())
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
         // CRIU splits values at white space: quote. Our dumps name masked files as runc's do; crun's restore names them by their paths.
+        let action = if programs.quick.is_some() { dir.join(QUICK_DIR).join(ACTION) } else { dir.join(ACTION) };
         let conf = format!(
             "{conf}\naction-script \"{}\"\nexternal mnt[{MASKED_FILE}]:{MASKED_FILE}\n",
-            dir.join(ACTION).display()
+            action.display()
         );
         write_conf(&dir, &conf)?;
         // Bundle paths may be longer than a socket's address: the directory is named by a descriptor.

@@ -28,7 +28,7 @@ use crate::criu::gate::At;
 use crate::criu::gate_server::Opening;
 use crate::criu::{self, Criu, GateServer};
 use crate::net;
-use crate::program;
+use crate::program::{self, Programs};
 use crate::rootfs::{KeptTimes, NeedsUnmount};
 
 /// CRIU's log while it restores: errors and warnings. More costs a millisecond or two.
@@ -98,7 +98,7 @@ impl Arrival<'_> {
         gate.open_restore_with(&Opening {
             lazy_pages: serving.is_some(),
             netns: self.request.netns.as_deref().filter(|_| manifest.in_netns),
-            path_first: Some(&tools),
+            path_first: Some(&criu::tar::first(&tools)),
             log_level: Some(LOG_LEVEL),
         })?;
         fault::point("restore", Some(self.link));
@@ -253,10 +253,10 @@ impl Arrival<'_> {
         let criu =
             Criu::find(self.request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
         criu.warm().context("asking CRIU for the kernel's features")?;
-        let small = program::gate()?;
-        let mut gate = GateServer::prepare(&self.task.bundle(), &small, &criu.path, "")?;
+        let programs = Programs::find()?;
+        let mut gate = GateServer::prepare(&self.task.bundle(), &programs, &criu.path, "")?;
         let work = self.task.work_dir()?;
-        let tools = criu::tar::tools(&work, &small).context("CRIU's tools")?;
+        let tools = criu::tar::tools(&work, &programs).context("CRIU's tools")?;
         criu::tar::staged::files_in(&tools, &Stage::dir_in(images)).context("CRIU's tools")?;
         let daemon = Started::new(&work, &program::own()?)?;
         self.phase(clock, "runc restore");

@@ -36,7 +36,8 @@ use crate::control::{Event, Limits, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{self, Criu, GateServer};
 use crate::rootfs::{KeptTimes, WritableLayer};
-use crate::{journal, net, program};
+use crate::program::Programs;
+use crate::{journal, net};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
 pub trait DestinationTask: Send {
@@ -177,7 +178,7 @@ fn take(
     task.mount().context("mounting the container's rootfs")?;
     task.stdio(&manifest.stdio).context("making the container's stdio")?;
     let criu = Criu::find(request.limits.criu.as_deref()).context("looking for CRIU on the destination")?;
-    let mut gate = GateServer::prepare(&task.bundle(), &program::gate()?, &criu.path, "")?;
+    let mut gate = GateServer::prepare(&task.bundle(), &Programs::find()?, &criu.path, "")?;
     phase(clock, "runc restore");
     task.work_dir()?;
     task.restore(&images.0, gate.dir()).context("starting runc restore")?;

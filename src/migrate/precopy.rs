@@ -26,7 +26,7 @@ use crate::criu::page_server::page_size;
 use crate::criu::{self, MemoryMode};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
-use crate::program;
+use crate::program::Programs;
 
 /// So long a container waits for its turn to stand still before it is copied once more.
 const TURN: Duration = Duration::from_millis(500);
@@ -103,11 +103,11 @@ pub(super) fn run(
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
-    let tools = criu::tar::tools(&prepared.work(), &program::gate()?).context("CRIU's tools")?;
+    let tools = criu::tar::tools(&prepared.work(), &Programs::find()?).context("CRIU's tools")?;
     let how = Worker {
         memory: MemoryMode::Parent,
         netns: Some(prepared.netns.as_fd()),
-        path_first: Some(&tools),
+        path_first: Some(&criu::tar::first(&tools)),
         conceal: rounds.copier.knows_shared() && criu::conceal::possible(rounds.pids()?),
     };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
 use super::{CRIU, SCRATCH, SOON};
+use crate::program::Programs;
 use crate::criu::Criu;
 use crate::criu::gate_server::{CRIU_CONF_ANNOTATION, GateServer};
 
@@ -263,8 +264,9 @@ impl Bed {
 }
 
 /// The program of the gates: this one, or a release build of the shim to measure with.
-pub(super) fn program() -> Result<PathBuf> {
-    Ok(std::env::var_os("TRANSSHIP_PROOF_PROGRAM").map_or(std::env::current_exe()?, PathBuf::from))
+pub(super) fn programs() -> Result<Programs> {
+    let full = std::env::var_os("TRANSSHIP_PROOF_PROGRAM").map_or(std::env::current_exe()?, PathBuf::from);
+    Ok(Programs { full, quick: None })
 }
 
 pub(super) fn finish(runc: Child) -> Result<(bool, String)> {

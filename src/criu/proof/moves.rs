@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
-use super::bed::{Bed, Container, Memory, finish, program, sh};
+use super::bed::{Bed, Container, Memory, finish, programs, sh};
 use super::{SOON, live};
 use crate::cgroup::Freezer;
 use crate::criu::gate_server::{self, GateServer, Opening, Wait};
@@ -48,7 +48,7 @@ impl Bed {
         let state = PathBuf::from(format!("/run/runc/{}/state.json", from.id));
         let descriptors = stdio::descriptors(Some(&state), from.pid)?;
         stdio::write(&images_in, &descriptors)?;
-        let mut gates = GateServer::prepare(&bundle, &program()?, &self.criu.path, "")?;
+        let mut gates = GateServer::prepare(&bundle, &programs()?, &self.criu.path, "")?;
         let begun = Instant::now();
         let runc = self.restore(&bundle, &images_in, &work, id, &gates)?;
         let pidfd = gate_server::pidfd(i32::try_from(runc.id())?)?;
@@ -60,7 +60,7 @@ impl Bed {
         let freezer = Freezer::of_pid(from.pid)?;
         let mode = if memory == Memory::Full { MemoryMode::Full } else { MemoryMode::Parent };
         let tools = match self.fast.tar {
-            true => Some(tar::tools(&work, &program()?)?),
+            true => Some(tar::tools(&work, &programs()?)?),
             false => None,
         };
         let inside = match self.fast.netns {

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use anyhow::{Context, Result, ensure};
 
 /// Magic, deflate, a comment follows, no time, no extra flags, Unix; the comment.
-const HEAD: &[u8; 20] = b"\x1f\x8b\x08\x10\0\0\0\0\0\x03transship\0";
+pub(super) const HEAD: &[u8; 20] = b"\x1f\x8b\x08\x10\0\0\0\0\0\x03transship\0";
 /// Most that a stored block holds.
 const BLOCK: usize = 0xffff;
 
@@ -117,7 +117,7 @@ impl<R: Read> Read for Unstored<R> {
 }
 
 /// CRC-32 as gzip has it, eight bytes at a time.
-struct Crc(u32);
+pub(super) struct Crc(u32);
 
 const TABLES: [[u32; 256]; 8] = {
     let mut tables = [[0; 256]; 8];
@@ -146,11 +146,11 @@ const TABLES: [[u32; 256]; 8] = {
 };
 
 impl Crc {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(!0)
     }
 
-    fn update(&mut self, bytes: &[u8]) {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
         let mut c = self.0;
         let (chunks, rest) = bytes.as_chunks::<8>();
         for eight in chunks {
@@ -166,7 +166,7 @@ impl Crc {
         self.0 = c;
     }
 
-    fn value(&self) -> u32 {
+    pub(super) fn value(&self) -> u32 {
         !self.0
     }
 }

@@ -1,6 +1,6 @@
 //! The 512-byte header of an entry, in the GNU form: numbers in octal or, when too large, in base 256; holes in the `S` type.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 pub const BLOCK: usize = 512;
 
@@ -24,22 +24,22 @@ const MORE: usize = 21;
 
 /// A field's place.
 type Field = std::ops::Range<usize>;
-const NAME: Field = 0..100;
-const MODE: Field = 100..108;
-const UID: Field = 108..116;
-const GID: Field = 116..124;
-const SIZE: Field = 124..136;
-const MTIME: Field = 136..148;
-const SUM: Field = 148..156;
-const TYPE: usize = 156;
+pub(super) const NAME: Field = 0..100;
+pub(super) const MODE: Field = 100..108;
+pub(super) const UID: Field = 108..116;
+pub(super) const GID: Field = 116..124;
+pub(super) const SIZE: Field = 124..136;
+pub(super) const MTIME: Field = 136..148;
+pub(super) const SUM: Field = 148..156;
+pub(super) const TYPE: usize = 156;
 const TARGET: Field = 157..257;
-const MAGIC: Field = 257..265;
+pub(super) const MAGIC: Field = 257..265;
 const MAJOR: Field = 329..337;
 const MINOR: Field = 337..345;
 const SPARSES: usize = 386;
 const EXTENDED: usize = 482;
 const REAL_SIZE: Field = 483..495;
-const GNU: &[u8; 8] = b"ustar  \0";
+pub(super) const GNU: &[u8; 8] = b"ustar  \0";
 
 /// What a header says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,8 +90,7 @@ impl Header {
                 rest = after;
             }
         }
-        let sum = checksum(&b);
-        b[SUM].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        seal(&mut b);
         Ok(b)
     }
 
@@ -100,8 +99,8 @@ impl Header {
         if b.iter().all(|x| *x == 0) {
             return Ok(None);
         }
-        ensure!(parse(&b[SUM])? == i128::from(checksum(b)), "a damaged header");
-        let value = |f: Field, what: &str| parse(&b[f]).with_context(|| format!("a header's {what}"));
+        ensure!(is_sealed(b), "a damaged header");
+        let value = |f: Field, what: &str| parse(&b[f]).with_context(|| format!("a header's {what} is no number"));
         let small = |f: Field, what: &str| -> Result<u32> {
             u32::try_from(value(f, what)?).with_context(|| format!("a header's {what}"))
         };
@@ -151,15 +150,36 @@ fn text(field: &[u8]) -> Vec<u8> {
     field.iter().copied().take_while(|b| *b != 0).collect()
 }
 
+/// Puts the checksum into a header. Here and below nothing is allocated: [`super::empty`] needs that.
+pub(super) fn seal(block: &mut [u8]) {
+    let sum = checksum(block);
+    octal(&mut block[SUM.start..SUM.end - 2], sum.into());
+    block[SUM.end - 2] = 0;
+    block[SUM.end - 1] = b' ';
+}
+
+/// Has it the checksum that it should?
+pub(super) fn is_sealed(block: &[u8]) -> bool {
+    parse(&block[SUM]) == Some(checksum(block).into())
+}
+
 fn checksum(block: &[u8]) -> u32 {
     let head = &block[..BLOCK];
     head.iter().enumerate().map(|(i, b)| if SUM.contains(&i) { 32 } else { u32::from(*b) }).sum()
 }
 
-fn number(field: &mut [u8], value: i128) {
+fn octal(digits: &mut [u8], mut value: i128) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value & 7) as u8;
+        value >>= 3;
+    }
+}
+
+/// In octal with a nul, or in base 256 where that is too short.
+pub(super) fn number(field: &mut [u8], value: i128) {
     let digits = field.len() - 1;
     if (0..1 << (3 * digits)).contains(&value) {
-        field[..digits].copy_from_slice(format!("{value:0digits$o}").as_bytes());
+        octal(&mut field[..digits], value);
         field[digits] = 0;
         return;
     }
@@ -169,20 +189,21 @@ fn number(field: &mut [u8], value: i128) {
     field[0] |= 0x80;
 }
 
-fn parse(field: &[u8]) -> Result<i128> {
+/// None if it is not a number.
+pub(super) fn parse(field: &[u8]) -> Option<i128> {
     if field[0] & 0x80 != 0 {
         // 0x80 begins a positive number, 0xff a negative one
         let first = if field[0] == 0xff { -1 } else { i128::from(field[0] & 0x7f) };
-        return Ok(field[1..].iter().fold(first, |n, b| n << 8 | i128::from(*b)));
+        return Some(field[1..].iter().fold(first, |n, b| n << 8 | i128::from(*b)));
     }
     let mut value = 0;
     for b in field.iter().skip_while(|b| **b == b' ').take_while(|b| !matches!(**b, 0 | b' ')) {
         match b {
             b'0'..=b'7' => value = value * 8 + i128::from(b - b'0'),
-            _ => bail!("not a number"),
+            _ => return None,
         }
     }
-    Ok(value)
+    Some(value)
 }
 
 fn put_pieces(to: &mut [u8], pieces: &[(u64, u64)]) {
@@ -197,7 +218,8 @@ fn take_pieces(from: &[u8], most: usize, pieces: &mut Vec<(u64, u64)>) -> Result
         if slot[0] == 0 {
             break;
         }
-        pieces.push((u64::try_from(parse(&slot[..12])?)?, u64::try_from(parse(&slot[12..])?)?));
+        let value = |field| -> Result<u64> { Ok(parse(field).context("a piece is no number")?.try_into()?) };
+        pieces.push((value(&slot[..12])?, value(&slot[12..])?));
     }
     Ok(())
 }

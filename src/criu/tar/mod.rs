@@ -8,6 +8,8 @@
 //!
 //! In a migration the content of files may be a reference to what the destination has already ([`staged`]).
 
+pub mod call;
+pub mod empty;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod gzip;
@@ -23,32 +25,38 @@ use std::fs::{DirBuilder, File};
 use std::io::{BufReader, BufWriter, Seek};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 
+use self::call::{Job, job};
+use crate::program::{self, Programs};
+
 /// The name under which CRIU calls it.
 pub(super) const NAME: &str = "tar";
 /// The directory's name: who is called as `tar` from elsewhere is something else.
 const DIR: &str = "transship-tools";
 
-/// Makes a directory in `parent` in which `program` is named `tar`, to be put first in CRIU's PATH. The program's main calls
-/// [`super::gate::main_if_invoked`].
-pub fn tools(parent: &Path, program: &Path) -> Result<PathBuf> {
+/// Makes a directory in `parent` in which our program is named `tar`. What is to be put first in CRIU's PATH is [`first`].
+pub fn tools(parent: &Path, programs: &Programs) -> Result<PathBuf> {
     let dir = parent.join(DIR);
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(&dir)
-        .and_then(|()| match symlink(program, dir.join(NAME)) {
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            other => other,
-        })
+        .and_then(|()| programs.named(&dir, NAME))
         .with_context(|| format!("making {}", dir.display()))?;
     Ok(dir)
+}
+
+/// The directory of the `tar` that CRIU is to find, of one that [`tools`] made.
+pub fn first(tools: &Path) -> PathBuf {
+    let quick = tools.join(program::QUICK_DIR);
+    if quick.is_dir() { quick } else { tools.to_owned() }
 }
 
 /// Is this the name of our `tar`?
@@ -56,64 +64,27 @@ pub(super) fn is_ours(executable: &Path) -> bool {
     executable.ends_with(Path::new(DIR).join(NAME))
 }
 
-/// What CRIU asks for (criu/filesystems.c).
-#[derive(Debug, PartialEq, Eq)]
-enum Job {
-    /// Archive this directory to stdout.
-    Create(PathBuf),
-    /// Extract stdin into this directory.
-    Extract(PathBuf),
-}
-
-/// None for anything but CRIU's two calls.
-fn job(args: &[OsString]) -> Option<Job> {
-    const MODIFIERS: [&str; 8] = [
-        "--gzip",
-        "--no-unquote",
-        "--no-wildcards",
-        "--one-file-system",
-        "--check-links",
-        "--preserve-permissions",
-        "--sparse",
-        "--numeric-owner",
-    ];
-    let (mut create, mut extract, mut directory, mut what) = (false, false, None, None);
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        match arg.to_str() {
-            Some("--create") => create = true,
-            Some("--extract") => extract = true,
-            Some("--directory") => directory = args.next().map(PathBuf::from),
-            Some(".") => what = Some(()),
-            Some(known) if MODIFIERS.contains(&known) => {}
-            _ => return None,
-        }
-    }
-    match (create, extract, what) {
-        (true, false, Some(())) => directory.map(Job::Create),
-        (false, true, None) => directory.map(Job::Extract),
-        _ => None,
-    }
-}
-
 /// Runs as CRIU's tar.
 pub(super) fn main(executable: &Path) -> Result<ExitCode> {
     // files of the container pass through here
     crate::private::process();
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    match job(&args) {
-        Some(Job::Create(dir)) => {
+    let dir = |bytes| Path::new(OsStr::from_bytes(bytes));
+    match job(args.iter().map(|a| a.as_bytes())) {
+        Some(Job::Create(of)) => {
+            let dir = dir(of);
             write::archive(
-                &dir,
+                dir,
                 &staged::Known::beside(executable),
                 BufWriter::with_capacity(1 << 20, standard(1)),
             )
             .with_context(|| format!("archiving {}", dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Job::Extract(dir)) if gzip::is_stored(&standard(0))? => {
+        Some(Job::Extract(to)) if gzip::is_stored(&standard(0))? => {
+            let dir = dir(to);
             read::extract(
-                &dir,
+                dir,
                 &staged::files_beside(executable),
                 BufReader::with_capacity(1 << 20, standard(0)),
             )
@@ -159,7 +130,9 @@ impl Standard {
 /// Becomes the stock tar.
 fn stock(dir: Option<&Path>, args: &[OsString]) -> Result<ExitCode> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let rest: Vec<PathBuf> = std::env::split_paths(&path).filter(|p| Some(p.as_path()) != dir).collect();
+    // neither this program nor the one that has called it
+    let ours = |p: &PathBuf| dir.is_some_and(|dir| p == dir || *p == dir.join(program::QUICK_DIR));
+    let rest: Vec<PathBuf> = std::env::split_paths(&path).filter(|p| !ours(p)).collect();
     let rest = std::env::join_paths(rest).context("PATH")?;
     // found through our own PATH, so that is what changes
     let program = which(&rest).context("no stock tar in PATH")?;

@@ -43,9 +43,9 @@ pub struct Pieces {
 impl Pieces {
     /// Pages that wait where they were.
     pub fn new(set: &RangeSet) -> Self {
-        let mut pieces = Self::default();
-        set.iter().for_each(|r| pieces.insert(Piece { start: r.start, end: r.end, image: r.start }));
-        pieces
+        // at once: the tasks wait meanwhile, and there may be very many
+        let map = set.iter().map(|r| (r.start, (r.end, r.start))).collect();
+        Self { map, bytes: set.bytes(), moved: false }
     }
 
     /// Nothing waits?

@@ -1,0 +1,30 @@
+//! `transship-quick`: what CRIU starts again and again while a container stands still, as the smallest program that can do it. It has no C
+//! library and nothing that runs before its own first instruction, and so is there in a tenth of a millisecond.
+//!
+//! It is called as `DIR/quick/NAME`. NAME is
+//! - `action`: every stage of a restore is passed at once, but for the first call at `post-restore`, where somebody has to be asked;
+//! - `tar`: the archive of an empty directory ([`transship::criu::tar::empty`]) is made and taken.
+//!
+//! Everything else, and everything that fails, is the full program's, which it becomes: `DIR/NAME` ([`transship::criu::gate`]), with the
+//! same arguments. So it needs no error messages but one.
+//!
+//! Whatever it calls must neither allocate, nor panic, nor use the C library or the standard library: neither has been set up, and the
+//! functions that they would call are not even linked. The modules that it takes from the library say so of themselves.
+//! Its file is linked as `build.rs` says.
+
+#![cfg_attr(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")), no_main)]
+
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod memory;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod run;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod start;
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod sys;
+
+#[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+fn main() -> std::process::ExitCode {
+    eprintln!("transship-quick is not for this kind of machine: transship-gate does its work.");
+    std::process::ExitCode::FAILURE
+}

@@ -1,0 +1,158 @@
+//! `transship-quick` beside the program that it stands for: whatever CRIU asks of it comes out the same.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+const QUICK: &str = env!("CARGO_BIN_EXE_transship-quick");
+const GATE: &str = env!("CARGO_BIN_EXE_transship-gate");
+/// CRIU's arguments (criu/filesystems.c), up to the directory.
+const CREATE: &str = "--create --gzip --no-unquote --no-wildcards --one-file-system --check-links --preserve-permissions --sparse \
+                      --numeric-owner --directory";
+const EXTRACT: &str = "--extract --gzip --no-unquote --no-wildcards --directory";
+
+/// A directory as a migration makes it: our `tar`, and the quick one in front of it.
+struct Tools(tempfile::TempDir);
+
+impl Tools {
+    fn new() -> Tools {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("transship-tools");
+        fs::create_dir_all(dir.join("quick")).unwrap();
+        symlink(GATE, dir.join("tar")).unwrap();
+        symlink(QUICK, dir.join("quick/tar")).unwrap();
+        Tools(top)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn archive(&self, tar: &str, of: &Path) -> Vec<u8> {
+        let out = Command::new(self.path(tar)).args(CREATE.split_whitespace()).arg(of).arg(".").output().unwrap();
+        assert!(out.status.success(), "{out:?}");
+        out.stdout
+    }
+
+    fn extract(&self, archive: &[u8], to: &Path) -> Output {
+        let file = self.path("archive");
+        fs::write(&file, archive).unwrap();
+        let mut tar = Command::new(self.path("transship-tools/quick/tar"));
+        tar.args(EXTRACT.split_whitespace()).arg(to).stdin(File::open(file).unwrap()).output().unwrap()
+    }
+}
+
+fn mkdir(path: PathBuf, mode: u32) -> PathBuf {
+    fs::create_dir(&path).unwrap();
+    fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+    path
+}
+
+/// Mode, owner, time of modification, entries.
+fn look(dir: &Path) -> (u32, u32, u32, i64, Vec<String>) {
+    let meta = dir.metadata().unwrap();
+    let names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    (meta.mode(), meta.uid(), meta.gid(), meta.mtime(), names.collect())
+}
+
+#[test]
+fn nothing_runs_before_it() {
+    // Elf64_Ehdr: e_type at 16, e_phoff at 32, e_phnum at 56; PT_INTERP is 3, ET_EXEC 2
+    let file = fs::read(QUICK).unwrap();
+    let half = |at: usize| usize::from(u16::from_le_bytes(file[at..at + 2].try_into().unwrap()));
+    let at = usize::try_from(u64::from_le_bytes(file[32..40].try_into().unwrap())).unwrap();
+    let kinds: Vec<usize> = (0..half(56)).map(|i| half(at + i * half(54))).collect();
+    assert_eq!(half(16), 2, "it has to be relocated");
+    assert!(!kinds.contains(&3), "it has an interpreter: {kinds:?}");
+}
+
+#[test]
+fn an_empty_directory_is_archived_and_comes_back() {
+    let tools = Tools::new();
+    for mode in [0o755, 0o1777, 0] {
+        let from = mkdir(tools.path(&format!("from{mode}")), mode);
+        let archive = tools.archive("transship-tools/quick/tar", &from);
+        assert!(archive == tools.archive("transship-tools/tar", &from));
+        let to = mkdir(tools.path(&format!("to{mode}")), 0o700);
+        File::open(&to).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        let out = tools.extract(&archive, &to);
+        assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+        assert_eq!(look(&to), look(&from));
+    }
+}
+
+#[test]
+fn a_full_directory_is_the_other_programs() {
+    let tools = Tools::new();
+    let from = mkdir(tools.path("from"), 0o755);
+    fs::write(from.join(".hidden"), "x".repeat(100_000)).unwrap();
+    let archive = tools.archive("transship-tools/quick/tar", &from);
+    assert!(archive == tools.archive("transship-tools/tar", &from));
+    let to = mkdir(tools.path("to"), 0o700);
+    let out = tools.extract(&archive, &to);
+    assert!(out.status.success(), "{out:?}");
+    assert_eq!(look(&to), look(&from));
+    assert_eq!(fs::read(to.join(".hidden")).unwrap().len(), 100_000);
+    // many names: more than one look at the directory
+    let many = mkdir(tools.path("many"), 0o755);
+    (0..500).for_each(|i| drop(File::create(many.join(format!("file-{i}"))).unwrap()));
+    let archive = tools.archive("transship-tools/quick/tar", &many);
+    assert!(archive.len() > 500 * 512);
+}
+
+#[test]
+fn what_is_wrong_is_told_by_the_other_program() {
+    let tools = Tools::new();
+    let empty = mkdir(tools.path("empty"), 0o755);
+    let mut archive = tools.archive("transship-tools/quick/tar", &empty);
+    let out = tools.extract(&archive, Path::new("/proc/nowhere/at/all"));
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("/proc/nowhere"), "{out:?}");
+    archive[100] ^= 1;
+    let out = tools.extract(&archive, &empty);
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("damaged"), "{out:?}");
+    // and what is not ours by the stock program, which must not be found in either of our places
+    let path = tools.path("transship-tools/quick/tar");
+    let dir = path.parent().unwrap();
+    let out = Command::new(&path)
+        .env("PATH", format!("{}:/usr/bin:/bin", dir.display()))
+        .arg("--version")
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&out.stdout).contains("GNU tar"), "{out:?}");
+}
+
+#[test]
+fn an_action_is_answered_by_what_the_shim_has_said() {
+    let top = tempfile::tempdir().unwrap();
+    let at = |name: &str| top.path().join(name);
+    fs::create_dir(at("quick")).unwrap();
+    symlink(QUICK, at("quick/action")).unwrap();
+    fs::write(at("action"), "#!/bin/sh\necho asks \"$CRTOOLS_SCRIPT_ACTION\" \"$@\"\nexit 7\n").unwrap();
+    fs::set_permissions(at("action"), PermissionsExt::from_mode(0o755)).unwrap();
+    let call = |stage: Option<&str>| {
+        let mut script = Command::new(at("quick/action"));
+        script.arg("an argument").env_remove("CRTOOLS_SCRIPT_ACTION");
+        stage.map(|stage| script.env("CRTOOLS_SCRIPT_ACTION", stage));
+        let out = script.output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap())
+    };
+    for stage in [None, Some("pre-restore"), Some("post-restore-x"), Some("network-unlock")] {
+        assert_eq!(call(stage), (Some(0), String::new()), "{stage:?}");
+    }
+    let stage = Some("post-restore");
+    assert_eq!(call(stage), (Some(7), "asks post-restore an argument\n".into()));
+    for (answer, status) in [("go", 0), ("abort", 1), ("", 1), ("gone", 1)] {
+        fs::write(at("answer"), answer).unwrap();
+        assert_eq!(call(stage), (Some(status), String::new()), "{answer:?}");
+    }
+}
+
+#[test]
+fn called_by_hand_it_says_what_it_is() {
+    let out = Command::new(QUICK).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("not by hand"), "{out:?}");
+}
