@@ -34,7 +34,8 @@ use super::parent::Parent;
 use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
 use super::swrk::{Run, Spawn, Swrk};
 use super::version::Criu;
-use super::{listing, log};
+use super::listing::Lists;
+use super::log;
 use crate::cgroup::Freezer;
 
 /// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
@@ -74,7 +75,7 @@ pub enum Listing<'a> {
     /// Through the page server, with a message for each run of pages. Pages that come with their bytes come as they are read.
     #[default]
     Sent,
-    /// In image files, from which they are taken once CRIU is done: a fraction of the cost where memory is in many pieces. Pages with
+    /// In image files, from which they are taken as CRIU closes them: a fraction of the cost where memory is in many pieces. Pages with
     /// bytes are in these files as well, so this is for containers without much shared memory. These are the tasks, by the pids that
     /// they have in the container; of another one the bytes would come.
     Written(&'a [u64]),
@@ -282,11 +283,18 @@ impl PreparedDump {
             result
         };
         let mut in_post_dump = Duration::ZERO;
-        let mut list = tasks.map(|_| request.images_dir);
+        let images_dir = request.images_dir;
+        let mut lists = tasks.map(|_| Lists::new(images_dir));
         let mut complete = false;
         let answer = loop {
-            let Ready { rpc: rpc_ready, pages: pages_ready, asks, silent } =
-                wait(&worker, &pages, questions.as_ref())?;
+            let Ready { rpc: rpc_ready, pages: pages_ready, lists: lists_ready, asks, silent } =
+                wait(&worker, &pages, lists.as_ref(), questions.as_ref())?;
+            if lists_ready
+                && let Err(e) = lists.as_mut().map_or(Ok(()), |lists| lists.take(&mut timed_sink))
+            {
+                failure.get_or_insert(e);
+                lists = None;
+            }
             // its pages first: a question about an image comes after the image has begun
             if pages_ready {
                 pages.serve(&mut timed_sink);
@@ -307,7 +315,9 @@ impl PreparedDump {
                 questions = None;
             }
             if !rpc_ready {
-                pages.idle(&mut timed_sink);
+                if !lists_ready {
+                    pages.idle(&mut timed_sink);
+                }
                 continue;
             }
             let message = match worker.receive() {
@@ -332,10 +342,10 @@ impl PreparedDump {
             }
             // all images are complete (criu/cr-dump.c, cr_dump_finish), and CRIU takes its time to leave the tasks
             if message.notify.as_ref().is_some_and(|n| n.script.as_deref() == Some("post-dump")) {
-                let images = list.take();
+                let lists = lists.take();
                 complete = true;
                 failure = failure.or_else(|| {
-                    let completed = completed(request, images, &mut timed_sink);
+                    let completed = completed(request, lists, &mut timed_sink);
                     completed.and_then(|()| request.on_images.as_mut().map_or(Ok(()), |hook| hook())).err()
                 });
             }
@@ -345,7 +355,7 @@ impl PreparedDump {
         // its link is no image
         drop(parent);
         if !complete && answer.as_ref().is_ok_and(|a| a.success) {
-            failure = failure.or_else(|| completed(request, list, &mut timed_sink).err());
+            failure = failure.or_else(|| completed(request, lists, &mut timed_sink).err());
         }
 
         stats.page_bytes = pages.bytes();
@@ -370,10 +380,10 @@ impl PreparedDump {
     }
 }
 
-/// CRIU has written all images: the list of pages is taken from those in `list`, and what a restore elsewhere could not use is mended.
-fn completed(request: &DumpRequest<'_>, list: Option<&Path>, sink: &mut PageSink<'_>) -> Result<()> {
-    if let Some(images) = list {
-        listing::replay(images, sink).context("taking the list of pages from CRIU's images")?;
+/// CRIU has written all images: what is left of the `lists` of pages is taken, and what a restore elsewhere could not use is mended.
+fn completed(request: &DumpRequest<'_>, lists: Option<Lists<'_>>, sink: &mut PageSink<'_>) -> Result<()> {
+    if let Some(lists) = lists {
+        lists.rest(sink).context("taking the list of pages from CRIU's images")?;
     }
     if request.opts.manage_cgroups_mode == Some(CgMode::Ignore as i32) {
         super::cgroup_image::strip(request.images_dir)?;
@@ -416,6 +426,8 @@ fn clear_soft_dirty(pids: impl IntoIterator<Item = i32>) -> Result<()> {
 struct Ready {
     rpc: bool,
     pages: bool,
+    /// A list of pages is complete.
+    lists: bool,
     /// CRIU waits for an answer.
     asks: bool,
     /// Nobody is left to ask.
@@ -423,10 +435,19 @@ struct Ready {
 }
 
 /// Waits for any of them; pages that CRIU will send no more are not waited for.
-fn wait(worker: &Swrk, pages: &PageServer, questions: Option<&Questions>) -> Result<Ready> {
+fn wait(
+    worker: &Swrk,
+    pages: &PageServer,
+    lists: Option<&Lists<'_>>,
+    questions: Option<&Questions>,
+) -> Result<Ready> {
     let mut fds = vec![PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
     let pages = (!pages.ended()).then(|| {
         fds.push(PollFd::new(pages.as_fd(), PollFlags::POLLIN));
+        fds.len() - 1
+    });
+    let lists = lists.and_then(Lists::ready).map(|lists| {
+        fds.push(PollFd::new(lists, PollFlags::POLLIN));
         fds.len() - 1
     });
     let questions = questions.map(|questions| {
@@ -442,6 +463,7 @@ fn wait(worker: &Swrk, pages: &PageServer, questions: Option<&Questions>) -> Res
     Ok(Ready {
         rpc: !events(0).is_empty(),
         pages: pages.is_some_and(|i| !events(i).is_empty()),
+        lists: lists.is_some_and(|i| !events(i).is_empty()),
         asks,
         silent: !asks && questions.is_some_and(|i| !events(i).is_empty()),
     })

@@ -3,11 +3,15 @@
 //! `pagemap-ID.img` and `pages-N.img` of [`super::images`], the other way round. They are taken out of the images directory: what the
 //! destination restores from is made there.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use prost::Message;
 
 use super::images::{IMG_COMMON_MAGIC, PAGEMAP_MAGIC, PagemapEntry, PagemapHead};
@@ -15,32 +19,99 @@ use super::page_server::{BUFFER, ImageKind, PE_PRESENT, PageEvent, PageSink, pag
 
 /// Gives every memory image in the directory to the sink, and removes it.
 pub(super) fn replay(images: &Path, on_pages: &mut PageSink<'_>) -> Result<()> {
-    let mut all: Vec<(ImageKind, u64, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(images).with_context(|| format!("reading {}", images.display()))? {
-        let path = entry?.path();
-        if let Some((kind, id)) = path.file_name().and_then(|n| subject(n.to_str()?)) {
-            all.push((kind, id, path));
+    Lists::unwatched(images).rest(on_pages)
+}
+
+/// The lists of one dump. Each is taken when CRIU has closed it, which is long before it is done with everything else.
+pub(super) struct Lists<'a> {
+    images: &'a Path,
+    /// Tells which files were closed. Without it all of them are taken in the end.
+    closed: Option<Inotify>,
+    taken: HashSet<PathBuf>,
+}
+
+impl<'a> Lists<'a> {
+    /// Of a dump into this directory that has not begun.
+    pub fn new(images: &'a Path) -> Self {
+        let watch = || -> nix::Result<Inotify> {
+            let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+            inotify.add_watch(images, AddWatchFlags::IN_CLOSE_WRITE)?;
+            Ok(inotify)
+        };
+        // a user may have only so many of these
+        let closed = watch().inspect_err(|e| log::info!("lists of pages are read late: inotify: {e}")).ok();
+        Self { closed, ..Self::unwatched(images) }
+    }
+
+    fn unwatched(images: &'a Path) -> Self {
+        Self { images, closed: None, taken: HashSet::new() }
+    }
+
+    /// Readable when there is one.
+    pub fn ready(&self) -> Option<BorrowedFd<'_>> {
+        self.closed.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Gives to the sink what there is by now.
+    pub fn take(&mut self, on_pages: &mut PageSink<'_>) -> Result<()> {
+        let Some(closed) = &self.closed else { return Ok(()) };
+        let events = match closed.read_events() {
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+            other => other.context("asking which lists of pages are complete")?,
+        };
+        // what is not told because of too much at once is found in the end
+        for path in events.into_iter().filter_map(|e| Some(self.images.join(e.name?))) {
+            if let Some((kind, id)) = subject(&path) {
+                self.one(kind, id, path, on_pages)?;
+            }
         }
+        Ok(())
     }
-    all.sort();
-    for (kind, id, path) in all {
+
+    /// CRIU has closed everything: gives what is left to the sink, and removes all of it.
+    pub fn rest(mut self, on_pages: &mut PageSink<'_>) -> Result<()> {
+        let images = self.images;
+        let mut all: Vec<(ImageKind, u64, PathBuf)> = Vec::new();
+        for entry in std::fs::read_dir(images).with_context(|| format!("reading {}", images.display()))? {
+            let path = entry?.path();
+            if let Some((kind, id)) = subject(&path) {
+                all.push((kind, id, path));
+            }
+        }
+        all.sort();
+        for (kind, id, path) in all {
+            self.one(kind, id, path, on_pages)?;
+        }
+        for path in self.taken {
+            std::fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, kind: ImageKind, id: u64, path: PathBuf, on_pages: &mut PageSink<'_>) -> Result<()> {
+        if self.taken.contains(&path) {
+            return Ok(());
+        }
         on_pages(PageEvent::Open { kind, id })?;
-        one(&path, images, on_pages).with_context(|| format!("reading {}", path.display()))?;
+        let pages =
+            one(&path, self.images, on_pages).with_context(|| format!("reading {}", path.display()))?;
         on_pages(PageEvent::Close)?;
+        self.taken.extend([path, pages]);
+        Ok(())
     }
-    Ok(())
 }
 
 /// Whose memory an image file lists.
-fn subject(name: &str) -> Option<(ImageKind, u64)> {
-    let rest = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
+fn subject(path: &Path) -> Option<(ImageKind, u64)> {
+    let rest = path.file_name()?.to_str()?.strip_prefix("pagemap-")?.strip_suffix(".img")?;
     match rest.strip_prefix("shmem-") {
         Some(id) => Some((ImageKind::Shmem, id.parse().ok()?)),
         None => Some((ImageKind::Pid, rest.parse().ok()?)),
     }
 }
 
-fn one(path: &Path, images: &Path, on_pages: &mut PageSink<'_>) -> Result<()> {
+/// Returns the file with the pages' bytes.
+fn one(path: &Path, images: &Path, on_pages: &mut PageSink<'_>) -> Result<PathBuf> {
     let bytes = std::fs::read(path)?;
     let magic = [IMG_COMMON_MAGIC.to_le_bytes(), PAGEMAP_MAGIC.to_le_bytes()].concat();
     let mut rest = bytes.strip_prefix(&magic[..]).context("not a list of pages")?;
@@ -66,10 +137,7 @@ fn one(path: &Path, images: &Path, on_pages: &mut PageSink<'_>) -> Result<()> {
         }
     }
     ensure!(content.read(&mut [0])? == 0, "{} has more than is listed", pages.display());
-    for path in [path, &pages] {
-        std::fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
-    }
-    Ok(())
+    Ok(pages)
 }
 
 fn message<M: Message + Default>(rest: &mut &[u8]) -> Result<M> {
@@ -142,6 +210,37 @@ mod tests {
                 "Close".into(),
             ]
         );
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["mm-7.img"]);
+    }
+
+    #[test]
+    fn a_list_is_taken_as_soon_as_it_is_closed() {
+        let (made, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        image(made.path());
+        let want = heard(made.path()).1;
+        image(made.path());
+        let mut lists = Lists::new(dir.path());
+        let mut all = Vec::new();
+        let mut sink = |event: PageEvent<'_>| {
+            all.push(matches!(event, PageEvent::Hole { .. }));
+            Ok(())
+        };
+        lists.take(&mut sink).unwrap();
+        for name in ["pages-1.img", "mm-7.img", "pagemap-7.img"] {
+            let content = std::fs::read(made.path().join(name)).unwrap_or_default();
+            let mut file = File::create(dir.path().join(name)).unwrap();
+            std::io::Write::write_all(&mut file, &content).unwrap();
+            lists.take(&mut sink).unwrap();
+        }
+        lists.take(&mut sink).unwrap();
+        let early = 5;
+        for name in ["pages-2.img", "pagemap-shmem-1.img"] {
+            std::fs::copy(made.path().join(name), dir.path().join(name)).unwrap();
+        }
+        lists.rest(&mut sink).unwrap();
+        assert_eq!(all.len(), want.len());
+        assert_eq!(all[..early], [false, true, false, true, false]);
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["mm-7.img"]);
     }

@@ -111,14 +111,28 @@ impl RangeSet {
 
     /// What is in both.
     pub fn intersection(&self, other: &Self) -> Self {
+        self.intersect(other.iter())
+    }
+
+    /// What is in this one and in ranges that ascend and do not overlap.
+    pub fn intersect(&self, others: impl IntoIterator<Item = Range<u64>>) -> Self {
         let mut out = Vec::new();
-        let (mut i, mut j) = (0, 0);
-        while let (Some(a), Some(b)) = (self.runs.get(i), other.runs.get(j)) {
-            let (start, end) = (a.start.max(b.start), a.end.min(b.end));
-            if start < end {
-                out.push(start..end);
+        let mut i = 0;
+        for other in others {
+            while self.runs.get(i).is_some_and(|run| run.end <= other.start) {
+                i += 1;
             }
-            if a.end <= b.end { i += 1 } else { j += 1 }
+            while let Some(run) = self.runs.get(i).filter(|run| run.start < other.end) {
+                out.push(run.start.max(other.start)..run.end.min(other.end));
+                // the rest of it may be in the next one
+                if run.end > other.end {
+                    break;
+                }
+                i += 1;
+            }
+            if i == self.runs.len() {
+                break;
+            }
         }
         Self { runs: out }
     }

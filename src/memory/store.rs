@@ -167,9 +167,13 @@ impl Store {
     /// What of `wanted` there are bytes of, and what of it was neither put nor zeroed. There may be very many pieces, and who asks this
     /// has frozen tasks waiting.
     pub fn find(&self, space: Space, wanted: &RangeSet) -> Found {
-        let data = wanted.intersection(&self.data(space));
+        let held = self.spaces.get(&space);
+        let data = held.map(|held| wanted.intersect(held.data.iter())).unwrap_or_default();
+        if data.bytes() == wanted.bytes() {
+            return Found { data, unknown: RangeSet::new() };
+        }
         let mut unknown = wanted.difference(&data);
-        if let Some(held) = self.spaces.get(&space) {
+        if let Some(held) = held {
             unknown = unknown.difference(&held.zero);
         }
         Found { data, unknown }

@@ -28,6 +28,7 @@ impl Engine {
             if messages.is_empty() {
                 break;
             }
+            self.heard = Some(Instant::now());
             for event in messages {
                 let c = &mut self.consumers[i];
                 // What was waited for is over once the event is read.

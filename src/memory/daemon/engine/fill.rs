@@ -1,6 +1,6 @@
 //! Behind the tasks' backs: pages placed that nobody has asked for yet, and what is complete given back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -8,10 +8,23 @@ use super::Engine;
 use crate::memory::daemon::consumer::{Consumer, Stop};
 use crate::memory::{RangeSet, Space};
 
+/// So long after the tasks were let go the fill waits, unless they are served earlier,
+const FIRST_MOMENTS: Duration = Duration::from_millis(30);
+/// which they are when nobody has asked for anything for so long.
+const QUIET: Duration = Duration::from_millis(1);
+
 impl Engine {
     pub(super) fn may_fill(&self) -> bool {
-        let begun = self.running || self.restored.is_some_and(|t| t.elapsed() >= self.cfg.fill_delay);
-        self.restored.is_some() && begun && !self.lost
+        self.restored.is_some() && !self.lost && self.begins().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// When the fill begins, as far as is known. The tasks' first moments belong to their faults, of which each would wait for a batch;
+    /// and to CRIU, which has to let them go.
+    pub(super) fn begins(&self) -> Option<Instant> {
+        let Some(running) = self.running else { return self.restored.map(|t| t + self.cfg.fill_delay) };
+        let first_moments = running + FIRST_MOMENTS;
+        let heard = self.heard.filter(|heard| *heard > running);
+        Some(heard.map_or(first_moments, |heard| first_moments.min(heard + QUIET)))
     }
 
     /// One batch. Restored tasks before children that they forked, which as a rule execute something else soon.

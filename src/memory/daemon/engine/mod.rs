@@ -54,7 +54,9 @@ pub(super) struct Engine {
     remote_times: Histogram,
     buf: Buffer,
     restored: Option<Instant>,
-    running: bool,
+    running: Option<Instant>,
+    /// When a message of the descriptors was read last.
+    heard: Option<Instant>,
     lost: bool,
     aborted: bool,
     fill_began: Option<Instant>,
@@ -126,7 +128,8 @@ impl Engine {
             remote_times: Histogram::default(),
             buf,
             restored: None,
-            running: false,
+            running: None,
+            heard: None,
             lost: false,
             aborted: false,
             fill_began: None,
@@ -209,10 +212,10 @@ impl Engine {
                 _ => {}
             }
         }
-        if let Some(t) = self.restored {
+        if self.restored.is_some() {
             at(self.ticked + TICK);
-            if !self.running {
-                at(t + self.cfg.fill_delay);
+            if let Some(begins) = self.begins().filter(|at| *at > now) {
+                at(begins);
             }
         }
         until.map(|t| t.saturating_duration_since(now))
@@ -245,7 +248,7 @@ impl Engine {
     fn orders(&mut self, events: Events<'_>) {
         for order in self.ctl.take() {
             match order {
-                Order::Running => self.running = true,
+                Order::Running => self.running = Some(Instant::now()),
                 Order::Abort => self.aborted = true,
                 Order::Remote(remote) => {
                     self.remote = Some(remote);
