@@ -18,6 +18,7 @@ use super::images::{IMG_COMMON_MAGIC, PAGEMAP_MAGIC, PagemapEntry, PagemapHead};
 use super::page_server::{BUFFER, ImageKind, PE_PRESENT, PageEvent, PageSink, page_size};
 
 /// Gives every memory image in the directory to the sink, and removes it.
+#[cfg(any(test, fuzzing))]
 pub(super) fn replay(images: &Path, on_pages: &mut PageSink<'_>) -> Result<()> {
     Lists::unwatched(images).rest(on_pages)
 }

@@ -119,7 +119,8 @@ impl<R: Read> Read for Unstored<R> {
 /// CRC-32 as gzip has it, eight bytes at a time.
 pub(super) struct Crc(u32);
 
-const TABLES: [[u32; 256]; 8] = {
+// no constant: without optimisation each use of one would copy it
+static TABLES: [[u32; 256]; 8] = {
     let mut tables = [[0; 256]; 8];
     let mut i = 0;
     while i < 256 {
