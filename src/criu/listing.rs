@@ -71,6 +71,10 @@ impl<'a> Lists<'a> {
 
     /// CRIU has closed everything: gives what is left to the sink, and removes all of it.
     pub fn rest(mut self, on_pages: &mut PageSink<'_>) -> Result<()> {
+        if let Some(closed) = self.closed.take() {
+            // the kernel waits up to 20 ms before it lets one go (fs/notify/mark.c: synchronize_srcu)
+            std::thread::spawn(move || drop(closed));
+        }
         let images = self.images;
         let mut all: Vec<(ImageKind, u64, PathBuf)> = Vec::new();
         for entry in std::fs::read_dir(images).with_context(|| format!("reading {}", images.display()))? {
