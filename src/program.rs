@@ -34,8 +34,7 @@ impl Programs {
 
     fn beside(own: PathBuf) -> Programs {
         let same_installation = !own.starts_with(Path::new("/proc"));
-        let beside =
-            |name| Some(own.with_file_name(name)).filter(|file| same_installation && file.is_file());
+        let beside = |name| Some(own.with_file_name(name)).filter(|file| same_installation && file.is_file());
         Programs { quick: beside(QUICK), full: beside(GATE).unwrap_or(own) }
     }
 

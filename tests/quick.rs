@@ -32,7 +32,8 @@ impl Tools {
     }
 
     fn archive(&self, tar: &str, of: &Path) -> Vec<u8> {
-        let out = Command::new(self.path(tar)).args(CREATE.split_whitespace()).arg(of).arg(".").output().unwrap();
+        let out =
+            Command::new(self.path(tar)).args(CREATE.split_whitespace()).arg(of).arg(".").output().unwrap();
         assert!(out.status.success(), "{out:?}");
         out.stdout
     }
@@ -109,7 +110,10 @@ fn what_is_wrong_is_told_by_the_other_program() {
     let empty = mkdir(tools.path("empty"), 0o755);
     let mut archive = tools.archive("transship-tools/quick/tar", &empty);
     let out = tools.extract(&archive, Path::new("/proc/nowhere/at/all"));
-    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("/proc/nowhere"), "{out:?}");
+    assert!(
+        !out.status.success() && String::from_utf8_lossy(&out.stderr).contains("/proc/nowhere"),
+        "{out:?}"
+    );
     archive[100] ^= 1;
     let out = tools.extract(&archive, &empty);
     assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("damaged"), "{out:?}");

@@ -29,13 +29,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::conceal::Questions;
 use super::kdat::MountPoint;
+use super::listing::Lists;
+use super::log;
 use super::page_server::{PageServer, PageSink};
 use super::parent::Parent;
 use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
 use super::swrk::{Run, Spawn, Swrk};
 use super::version::Criu;
-use super::listing::Lists;
-use super::log;
 use crate::cgroup::Freezer;
 
 /// Milliseconds without anything from CRIU after which the sink hears [`PageEvent::Idle`](super::PageEvent::Idle).
@@ -289,8 +289,7 @@ impl PreparedDump {
         let answer = loop {
             let Ready { rpc: rpc_ready, pages: pages_ready, lists: lists_ready, asks, silent } =
                 wait(&worker, &pages, lists.as_ref(), questions.as_ref())?;
-            if lists_ready
-                && let Err(e) = lists.as_mut().map_or(Ok(()), |lists| lists.take(&mut timed_sink))
+            if lists_ready && let Err(e) = lists.as_mut().map_or(Ok(()), |lists| lists.take(&mut timed_sink))
             {
                 failure.get_or_insert(e);
                 lists = None;

@@ -96,7 +96,8 @@ impl GateServer {
         };
         make().with_context(|| format!("making the gates in {}", dir.display()))?;
         // CRIU splits values at white space: quote. Our dumps name masked files as runc's do; crun's restore names them by their paths.
-        let action = if programs.quick.is_some() { dir.join(QUICK_DIR).join(ACTION) } else { dir.join(ACTION) };
+        let action =
+            if programs.quick.is_some() { dir.join(QUICK_DIR).join(ACTION) } else { dir.join(ACTION) };
         let conf = format!(
             "{conf}\naction-script \"{}\"\nexternal mnt[{MASKED_FILE}]:{MASKED_FILE}\n",
             action.display()

@@ -283,7 +283,8 @@ impl Part {
             bail!("pages {:#x}..{:#x} are still on the source and cannot be lazy", first.start, first.end);
         }
         // tasks stand still meanwhile, and there may be very many pieces: nothing is gone through that does not have to be
-        let here = if remote.is_empty() { Cow::Borrowed(holes) } else { Cow::Owned(holes.difference(&remote)) };
+        let here =
+            if remote.is_empty() { Cow::Borrowed(holes) } else { Cow::Owned(holes.difference(&remote)) };
         let Found { data, unknown } = store.find(space, &here);
         if let Some(first) = unknown.iter().next() {
             bail!("pages {:#x}..{:#x} never came", first.start, first.end);

@@ -35,8 +35,8 @@ use super::wire::{FrameSink, Lost, Wire};
 use crate::control::{Event, Limits, ReceiveRequest};
 use crate::criu::gate::At;
 use crate::criu::{self, Criu, GateServer};
-use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::program::Programs;
+use crate::rootfs::{KeptTimes, WritableLayer};
 use crate::{journal, net};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.

@@ -75,7 +75,9 @@ impl Fd {
     pub fn write(self, mut bytes: &[u8]) -> Option<()> {
         while !bytes.is_empty() {
             // SAFETY: as many bytes as there are.
-            let n = unsafe { call(libc::SYS_write, [self.0, bytes.as_ptr().expose_provenance(), bytes.len(), 0, 0]) }?;
+            let n = unsafe {
+                call(libc::SYS_write, [self.0, bytes.as_ptr().expose_provenance(), bytes.len(), 0, 0])
+            }?;
             bytes = bytes.get(n..)?;
         }
         Some(())
@@ -91,7 +93,13 @@ impl Fd {
     pub fn look(self) -> Option<libc::statx> {
         let mut found = MaybeUninit::<libc::statx>::zeroed();
         let mask = libc::STATX_BASIC_STATS as usize;
-        let args = [self.0, c"".as_ptr().expose_provenance(), libc::AT_EMPTY_PATH as usize, mask, found.as_mut_ptr().expose_provenance()];
+        let args = [
+            self.0,
+            c"".as_ptr().expose_provenance(),
+            libc::AT_EMPTY_PATH as usize,
+            mask,
+            found.as_mut_ptr().expose_provenance(),
+        ];
         // SAFETY: an empty string, numbers, and room for the answer.
         unsafe { call(libc::SYS_statx, args) }?;
         // SAFETY: any bytes are a statx.
@@ -100,8 +108,13 @@ impl Fd {
 
     /// Gives it an owner.
     pub fn own(self, uid: u32, gid: u32) -> Option<()> {
-        let args =
-            [self.0, c"".as_ptr().expose_provenance(), uid as usize, gid as usize, libc::AT_EMPTY_PATH as usize];
+        let args = [
+            self.0,
+            c"".as_ptr().expose_provenance(),
+            uid as usize,
+            gid as usize,
+            libc::AT_EMPTY_PATH as usize,
+        ];
         // SAFETY: an empty string and numbers.
         unsafe { call(libc::SYS_fchownat, args) }.map(drop)
     }

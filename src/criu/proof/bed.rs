@@ -15,9 +15,9 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
 use super::{CRIU, SCRATCH, SOON};
-use crate::program::Programs;
 use crate::criu::Criu;
 use crate::criu::gate_server::{CRIU_CONF_ANNOTATION, GateServer};
+use crate::program::Programs;
 
 pub(super) fn sh(line: &str) -> Result<String> {
     let out = Command::new("bash").args(["-ec", line]).output()?;

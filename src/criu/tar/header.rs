@@ -100,7 +100,8 @@ impl Header {
             return Ok(None);
         }
         ensure!(is_sealed(b), "a damaged header");
-        let value = |f: Field, what: &str| parse(&b[f]).with_context(|| format!("a header's {what} is no number"));
+        let value =
+            |f: Field, what: &str| parse(&b[f]).with_context(|| format!("a header's {what} is no number"));
         let small = |f: Field, what: &str| -> Result<u32> {
             u32::try_from(value(f, what)?).with_context(|| format!("a header's {what}"))
         };
