@@ -38,12 +38,20 @@ impl Outside {
 
     /// Waits until it has said `text`.
     pub fn wait(&mut self, text: &str) -> Result<()> {
-        let limit = Duration::from_secs(20);
-        wait_for(limit, &format!("{text:?} outside"), || {
+        self.until(&format!("{text:?} outside"), |said| said.contains(text))
+    }
+
+    /// Waits until it has received a few times. The counter may jump over any number.
+    pub fn receives(&mut self) -> Result<()> {
+        self.until("the one outside receives", receives)
+    }
+
+    fn until(&mut self, what: &str, is: impl Fn(&str) -> bool) -> Result<()> {
+        wait_for(Duration::from_secs(20), what, || {
             if let Some(status) = self.child.try_wait()? {
                 bail!("ts-probe outside ended, {status}: {}", self.said()?);
             }
-            Ok(self.said()?.contains(text))
+            Ok(is(&self.said()?))
         })
         .with_context(|| tail(&self.said().unwrap_or_default()))
     }
@@ -91,6 +99,16 @@ pub fn inside(bed: &Bed, id: &str) -> Result<String> {
 pub fn wait_inside(bed: &Bed, id: &str, text: &str) -> Result<()> {
     wait_for(Duration::from_secs(20), &format!("{text:?} from {id}"), || Ok(inside(bed, id)?.contains(text)))
         .with_context(|| tail(&inside(bed, id).unwrap_or_default()))
+}
+
+/// Waits until a container has received a few times.
+pub fn receives_inside(bed: &Bed, id: &str) -> Result<()> {
+    wait_for(Duration::from_secs(20), &format!("{id} receives"), || Ok(receives(&inside(bed, id)?)))
+        .with_context(|| tail(&inside(bed, id).unwrap_or_default()))
+}
+
+fn receives(log: &str) -> bool {
+    last_number(log, "received").is_ok_and(|n| n >= 5)
 }
 
 /// The last lines of a log, for a message.

@@ -79,7 +79,7 @@ fn container_is_the_client(bed: &Bed) -> Result<()> {
     let mut outside = Outside::start(bed, &["tcp-echo", "7001", "--every", "5"])?;
     outside.wait("tcp listening")?;
     probe(bed, "10.77.5.1", &["tcp-connect", CLIENT, "7001", "--every", "5"])?;
-    outside.wait("received=5 ")?;
+    outside.receives()?;
     moves_under_traffic(bed, &outside)?;
     remove(bed, Node::A)
 }
@@ -91,7 +91,7 @@ fn peer_on_the_nodes(bed: &Bed) -> Result<()> {
     traffic::start(bed, Node::A, "n2", &["--with-ns", "network:/run/netns/n2"], &echo)?;
     traffic::wait_inside(bed, "n2", "tcp listening")?;
     probe(bed, "10.77.5.1", &["tcp-connect", "10.77.5.2", "7002", "--every", "5"])?;
-    traffic::wait_inside(bed, "n2", "received=5 ")?;
+    traffic::receives_inside(bed, "n2")?;
     // away from its peer, the peer after it, and back beside where both began
     let steps = [("n1", Node::A), ("n2", Node::A), ("n1", Node::B)];
     for (id, from) in steps {
@@ -164,7 +164,7 @@ fn ipv6_connection(bed: &Bed) -> Result<()> {
     probe(bed, "10.77.5.1", &["tcp-echo", "7003", "--every", "5"])?;
     traffic::wait_inside(bed, "n1", "tcp listening")?;
     let mut outside = Outside::start(bed, &["tcp-connect", "fd77::5:1", "7003", "--every", "5"])?;
-    outside.wait("received=5 ")?;
+    outside.receives()?;
     moves_under_traffic(bed, &outside)?;
     remove(bed, Node::A)
 }
