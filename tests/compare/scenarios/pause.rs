@@ -22,7 +22,7 @@ list![
 ];
 
 fn pause_and_resume(s: &mut Subject) -> Result<()> {
-    s.run_ready(Spec::sh("trap 'echo heard' USR1; echo ready; while :; do sleep 0.05; done"))?;
+    s.run_ready(Spec::sh("trap 'echo heard' USR1; sleep 1000 & echo ready; wait; wait"))?;
     let _ = s.call(Call::Pause);
     let _ = s.call(Call::State(""));
     let _ = s.direct(Call::State(""));
