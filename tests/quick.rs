@@ -117,6 +117,10 @@ fn what_is_wrong_is_told_by_the_other_program() {
     archive[100] ^= 1;
     let out = tools.extract(&archive, &empty);
     assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("damaged"), "{out:?}");
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut tar = Command::new(tools.path("transship-tools/quick/tar"));
+    let out = tar.args(CREATE.split_whitespace()).arg(&empty).arg(".").stdout(full).output().unwrap();
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("No space"), "{out:?}");
     // and what is not ours by the stock program, which must not be found in either of our places
     let path = tools.path("transship-tools/quick/tar");
     let dir = path.parent().unwrap();

@@ -80,11 +80,16 @@ fn tar(start: &Start) -> Option<()> {
             let is = dir.look()?;
             let (mode, mtime) = (u32::from(is.stx_mode) & 0o7777, is.stx_mtime.tv_sec);
             let archive = empty::write(Directory { mode, uid: is.stx_uid, gid: is.stx_gid, mtime });
-            if STDOUT.write(&archive).is_none() {
-                // part of it may be there
+            let at = STDOUT.position();
+            if STDOUT.write(&archive).is_some() {
+                return Some(());
+            }
+            // the full program says what is wrong, if it can begin where we have begun
+            if at.is_none() || STDOUT.position() != at {
+                STDERR.write(b"tar: half of an archive could not be written\n");
                 exit(1);
             }
-            Some(())
+            None
         }
         Job::Extract(dir) => {
             let at = STDIN.position()?;
