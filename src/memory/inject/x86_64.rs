@@ -84,6 +84,7 @@ mod tests {
         assert_eq!((call.rip, call.rax, call.orig_rax), (0x1000, 323, u64::MAX));
         assert_eq!((call.rdi, call.rsi, call.rdx), (1, 2, 3));
         assert_eq!(Regs { rip: 7, rax: saved.rax, orig_rax: 35, rdi: 0, rsi: 0, rdx: 0, ..call }, saved);
+        assert_eq!(saved.result(), -512);
         assert_eq!(ALIGN, 1);
         assert_eq!(Regs::after(call.ip()), 0x1000 + INSN.len() as u64);
         assert!(saved.fits() && !Regs { cs: 0x23, ..saved }.fits());
