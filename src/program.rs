@@ -38,14 +38,14 @@ impl Programs {
         Programs { quick: beside(QUICK), full: beside(GATE).unwrap_or(own) }
     }
 
-    /// Puts them into `dir` under this name, the quick one in [`QUICK_DIR`]. Fine where they are already.
-    pub fn named(&self, dir: &Path, name: &str) -> io::Result<()> {
+    /// Puts them into `dir` under this name, the quick one in [`QUICK_DIR`]. Fine where they are already. Returns the one to be called.
+    pub fn named(&self, dir: &Path, name: &str) -> io::Result<PathBuf> {
         let put = |program: &Path, dir: &Path| match symlink(program, dir.join(name)) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => Ok(()),
+            _ => Ok(dir.join(name)),
         };
-        put(&self.full, dir)?;
-        let Some(quick) = &self.quick else { return Ok(()) };
+        let full = put(&self.full, dir)?;
+        let Some(quick) = &self.quick else { return Ok(full) };
         let dir = dir.join(QUICK_DIR);
         std::fs::create_dir_all(&dir)?;
         put(quick, &dir)
@@ -83,11 +83,11 @@ mod tests {
     fn each_has_its_place() {
         let dir = tempfile::tempdir().unwrap();
         let mut programs = Programs { full: "/full".into(), quick: None };
-        programs.named(dir.path(), "tar").unwrap();
+        assert_eq!(programs.named(dir.path(), "tar").unwrap(), dir.path().join("tar"));
         assert!(!dir.path().join(QUICK_DIR).exists());
         programs.quick = Some("/quick".into());
         for _ in 0..2 {
-            programs.named(dir.path(), "tar").unwrap();
+            assert_eq!(programs.named(dir.path(), "tar").unwrap(), dir.path().join("quick/tar"));
         }
         let to = |name: &str| std::fs::read_link(dir.path().join(name)).unwrap();
         assert_eq!((to("tar"), to("quick/tar")), ("/full".into(), "/quick".into()));

@@ -7,6 +7,11 @@ use std::{
     process::{Command, Output},
 };
 
+use transship::{
+    criu::tar::{first, tools},
+    program::Programs,
+};
+
 const QUICK: &str = env!("CARGO_BIN_EXE_transship-quick");
 const GATE: &str = env!("CARGO_BIN_EXE_transship-gate");
 /// CRIU's arguments (criu/filesystems.c), up to the directory.
@@ -20,10 +25,8 @@ struct Tools(tempfile::TempDir);
 impl Tools {
     fn new() -> Tools {
         let top = tempfile::tempdir().unwrap();
-        let dir = top.path().join("transship-tools");
-        fs::create_dir_all(dir.join("quick")).unwrap();
-        symlink(GATE, dir.join("tar")).unwrap();
-        symlink(QUICK, dir.join("quick/tar")).unwrap();
+        let dir = tools(top.path(), &Programs { full: GATE.into(), quick: Some(QUICK.into()) }).unwrap();
+        assert_eq!(first(&dir), top.path().join("transship-tools/quick"));
         Tools(top)
     }
 

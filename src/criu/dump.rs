@@ -283,16 +283,17 @@ impl PreparedDump {
             result
         };
         let mut in_post_dump = Duration::ZERO;
-        let images_dir = request.images_dir;
-        let mut lists = tasks.map(|_| Lists::new(images_dir));
+        let mut lists = tasks.map(|_| Lists::new(request.images_dir));
         let mut complete = false;
         let answer = loop {
             let Ready { rpc: rpc_ready, pages: pages_ready, lists: lists_ready, asks, silent } =
                 wait(&worker, &pages, lists.as_ref(), questions.as_ref())?;
-            if lists_ready && let Err(e) = lists.as_mut().map_or(Ok(()), |lists| lists.take(&mut timed_sink))
-            {
-                failure.get_or_insert(e);
-                lists = None;
+            if lists_ready {
+                if let Err(e) = lists.as_mut().map_or(Ok(()), |lists| lists.take(&mut timed_sink)) {
+                    failure.get_or_insert(e);
+                    lists = None;
+                }
+                continue;
             }
             // its pages first: a question about an image comes after the image has begun
             if pages_ready {
@@ -314,9 +315,7 @@ impl PreparedDump {
                 questions = None;
             }
             if !rpc_ready {
-                if !lists_ready {
-                    pages.idle(&mut timed_sink);
-                }
+                pages.idle(&mut timed_sink);
                 continue;
             }
             let message = match worker.receive() {

@@ -3,7 +3,8 @@
 //!
 //! - `criu` stands first in runc's PATH. runc starts it as `criu swrk 3` with the RPC socket as descriptor 3. If the request that waits there is
 //!   RESTORE, it says so on the gate's socket and waits for the answer; in any case it then becomes the real CRIU (same process).
-//! - `action` is CRIU's action script, which stands behind the program `transship-quick` where there is one: that answers most calls. At `post-restore` the tasks are complete and have not run; its exit status decides.
+//! - `action` is CRIU's action script. At `post-restore` the tasks are complete and have not run; its exit status decides. Where there is
+//!   the program `transship-quick`, that answers the other calls.
 //!   CRIU reads its configuration twice and so calls each script twice: the second call finds the answer in a file.
 //!
 //! It runs before anything else in the shim's main: no threads, no runtime. The other side is [`super::gate_server`].
@@ -25,10 +26,18 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 
 pub(super) const CRIU: &str = "criu";
-pub(super) const ACTION: &str = "action";
+/// The name of the action script.
+pub const ACTION: &str = "action";
 pub(super) const SOCKET: &str = "sock";
 pub(super) const REAL_CRIU: &str = "real-criu";
-pub(super) const ANSWER: &str = "answer";
+/// The file beside it with the shim's answer, once there is one.
+pub const ANSWER: &str = "answer";
+/// The answer that lets the tasks run.
+pub const GO: &[u8] = b"go";
+/// The variable in which CRIU says at which stage it calls the script,
+pub const STAGE: &str = "CRTOOLS_SCRIPT_ACTION";
+/// and the only stage at which the shim is asked.
+pub const POST_RESTORE: &str = "post-restore";
 /// A cgroup that CRIU has to be put into, if there is this file; see [`super::gate_server::enter_cgroup`].
 pub(super) const CGROUP: &str = "cgroup";
 
@@ -173,11 +182,11 @@ pub(super) fn asks_restore(head: &[u8]) -> bool {
 }
 
 fn action(dir: &Path) -> Result<ExitCode> {
-    if std::env::var_os("CRTOOLS_SCRIPT_ACTION").is_none_or(|a| a != "post-restore") {
+    if std::env::var_os(STAGE).is_none_or(|a| a != POST_RESTORE) {
         return Ok(ExitCode::SUCCESS);
     }
     let go = match std::fs::read(dir.join(ANSWER)) {
-        Ok(answer) => answer == b"go",
+        Ok(answer) => answer == GO,
         Err(_) => ask(dir, At::PostRestore)?.go,
     };
     Ok(if go { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -22,10 +22,10 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, Go, Hello, REAL_CRIU, SOCKET, via_fd};
+use super::gate::{ACTION, ANSWER, At, CGROUP, CRIU, GO, Go, Hello, REAL_CRIU, SOCKET, via_fd};
 use super::options::MASKED_FILE;
 use crate::private;
-use crate::program::{Programs, QUICK_DIR};
+use crate::program::Programs;
 
 /// Name of the gate's directory in the bundle.
 pub const DIR: &str = "gate";
@@ -86,18 +86,15 @@ impl GateServer {
     pub fn prepare(bundle: &Path, programs: &Programs, criu: &Path, conf: &str) -> Result<Self> {
         let dir = bundle.join(DIR);
         remove(bundle)?;
-        let make = || -> std::io::Result<()> {
+        let make = || -> std::io::Result<PathBuf> {
             fs::create_dir(&dir)?;
             fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
             symlink(&programs.full, dir.join(CRIU))?;
-            programs.named(&dir, ACTION)?;
             private::write(&dir.join(REAL_CRIU), criu.as_os_str().as_encoded_bytes())?;
-            Ok(())
+            programs.named(&dir, ACTION)
         };
-        make().with_context(|| format!("making the gates in {}", dir.display()))?;
+        let action = make().with_context(|| format!("making the gates in {}", dir.display()))?;
         // CRIU splits values at white space: quote. Our dumps name masked files as runc's do; crun's restore names them by their paths.
-        let action =
-            if programs.quick.is_some() { dir.join(QUICK_DIR).join(ACTION) } else { dir.join(ACTION) };
         let conf = format!(
             "{conf}\naction-script \"{}\"\nexternal mnt[{MASKED_FILE}]:{MASKED_FILE}\n",
             action.display()
@@ -189,7 +186,7 @@ impl GateServer {
         // For whoever comes later: CRIU runs each action script twice, and a gate may arrive after a refusal.
         let path = self.dir.join(ANSWER);
         let temporary = self.dir.join("answer.new");
-        let write = private::write(&temporary, if go { b"go" } else { b"abort" })
+        let write = private::write(&temporary, if go { GO } else { b"abort" })
             .and_then(|()| fs::rename(&temporary, &path));
         write.with_context(|| format!("writing {}", path.display()))?;
         self.answered = true;

@@ -12,18 +12,18 @@
 //! functions that they would call are not even linked. The modules that it takes from the library say so of themselves.
 //! Its file is linked as `build.rs` says.
 
-#![cfg_attr(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")), no_main)]
+#![cfg_attr(quick, no_main)]
 
-#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(quick)]
 mod memory;
-#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(quick)]
 mod run;
-#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(quick)]
 mod start;
-#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[cfg(quick)]
 mod sys;
 
-#[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+#[cfg(not(quick))]
 fn main() -> std::process::ExitCode {
     eprintln!("transship-quick is not for this kind of machine: transship-gate does its work.");
     std::process::ExitCode::FAILURE

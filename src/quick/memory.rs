@@ -1,4 +1,4 @@
-//! The functions that the compiler calls by itself and takes from a C library otherwise. Volatile, so that it does not make
+//! The functions that the compiler calls by itself, or `core` does, and takes from a C library otherwise. Volatile, so that it does not make
 //! calls of themselves out of them; they are used for some hundred bytes.
 
 /// # Safety
@@ -58,4 +58,16 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
 unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, n: usize) -> i32 {
     // SAFETY: as here.
     unsafe { memcmp(a, b, n) }
+}
+
+/// # Safety
+/// As C's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn strlen(at: *const u8) -> usize {
+    let mut len = 0;
+    // SAFETY: within the string.
+    while unsafe { at.add(len).read_volatile() } != 0 {
+        len += 1;
+    }
+    len
 }

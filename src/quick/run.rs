@@ -1,7 +1,12 @@
 //! What is done here, and what is the full program's.
 
+use core::ffi::CStr;
+
+use transship::criu::gate::{ACTION, ANSWER, GO, POST_RESTORE, STAGE};
+use transship::criu::tar;
 use transship::criu::tar::call::{Job, job};
 use transship::criu::tar::empty::{self, Directory};
+use transship::program::QUICK_DIR;
 
 use super::start::Start;
 use super::sys::{self, Fd, STDERR, STDIN, STDOUT, exit};
@@ -13,10 +18,12 @@ type Path = [u8; PATH];
 /// Does it, or becomes who does.
 pub fn run(start: &Start) -> ! {
     if let Some((dir, name)) = place(start.path) {
-        let status = match name {
-            b"action" => action(start, dir),
-            b"tar" => tar(start).map(|()| 0),
-            _ => None,
+        let status = if name == ACTION.as_bytes() {
+            action(start, dir)
+        } else if name == tar::NAME.as_bytes() {
+            archive(start).map(|()| 0)
+        } else {
+            None
         };
         if let Some(status) = status {
             exit(status);
@@ -35,7 +42,7 @@ pub fn run(start: &Start) -> ! {
 fn place(path: &[u8]) -> Option<(&[u8], &[u8])> {
     let (quick, name) = split(path)?;
     let (dir, quick) = split(quick)?;
-    (quick == b"quick").then_some((dir, name))
+    (quick == QUICK_DIR.as_bytes()).then_some((dir, name))
 }
 
 fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -44,7 +51,7 @@ fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// The pieces as one string that ends with nul.
-fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a core::ffi::CStr> {
+fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a CStr> {
     let mut at = 0;
     for piece in pieces {
         let end = at + piece.len();
@@ -52,24 +59,29 @@ fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a core::ffi::CStr> {
         at = end;
     }
     *to.get_mut(at)? = 0;
-    sys::string(to)
+    string(to)
+}
+
+/// The string up to the first nul.
+fn string(bytes: &[u8]) -> Option<&CStr> {
+    CStr::from_bytes_until_nul(bytes).ok()
 }
 
 /// CRIU's action script: the answer to CRIU, if it is known. `dir` is where the gates are.
 fn action(start: &Start, dir: &[u8]) -> Option<u8> {
-    if start.variable(b"CRTOOLS_SCRIPT_ACTION") != Some(b"post-restore") {
+    if start.variable(STAGE.as_bytes()) != Some(POST_RESTORE.as_bytes()) {
         return Some(0);
     }
     // CRIU asks twice; what the shim has answered lies here
     let mut path: Path = [0; PATH];
-    let file = Fd::open(join(&mut path, &[dir, b"/answer"])?, 0)?;
+    let file = Fd::open(join(&mut path, &[dir, b"/", ANSWER.as_bytes()])?, 0)?;
     let mut answer = [0; 8];
     let n = file.read(&mut answer)?;
-    Some(u8::from(answer.get(..n)? != b"go"))
+    Some(u8::from(answer.get(..n)? != GO))
 }
 
 /// CRIU's `tar`, for directories with nothing in them. None: nothing was done, or nothing that cannot be done once more.
-fn tar(start: &Start) -> Option<()> {
+fn archive(start: &Start) -> Option<()> {
     let mut path: Path = [0; PATH];
     match job(start.args())? {
         Job::Create(dir) => {
@@ -120,7 +132,7 @@ fn is_empty(dir: Fd) -> Option<bool> {
         let mut rest = entries.get(..filled)?;
         while !rest.is_empty() {
             let length = u16::from_ne_bytes([*rest.get(LENGTH)?, *rest.get(LENGTH + 1)?]);
-            let name = sys::string(rest.get(NAME..length.into())?)?.to_bytes();
+            let name = string(rest.get(NAME..length.into())?)?.to_bytes();
             if name != b"." && name != b".." {
                 return Some(false);
             }

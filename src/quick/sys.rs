@@ -150,11 +150,3 @@ pub fn exit(status: u8) -> ! {
         unsafe { call(libc::SYS_exit_group, [status.into(), 0, 0, 0, 0]) };
     }
 }
-
-/// A nul in front of which there is no other: the string up to it. None without.
-pub fn string(bytes: &[u8]) -> Option<&CStr> {
-    let end = bytes.iter().position(|b| *b == 0)?;
-    let whole = bytes.get(..=end)?;
-    // SAFETY: it ends with the only nul in it.
-    Some(unsafe { CStr::from_bytes_with_nul_unchecked(whole) })
-}

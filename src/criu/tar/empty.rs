@@ -2,9 +2,7 @@
 //! it, byte for byte. Nothing here allocates, panics or needs a C library: the program `transship-quick` has neither.
 
 use super::gzip::{Crc, HEAD};
-use super::header::{
-    BLOCK, DIR, GID, GNU, MAGIC, MODE, MTIME, NAME, SIZE, TYPE, UID, is_sealed, number, parse, seal,
-};
+use super::header::{BLOCK, DIR, GID, GNU, MAGIC, MODE, MTIME, SIZE, TYPE, UID, number, parse, seal};
 
 /// The directory's own name in it.
 const SELF: &[u8; 2] = b"./";
@@ -56,14 +54,14 @@ pub fn write(directory: Directory) -> [u8; LEN] {
 /// What it says; none of any other archive than [`write`]'s.
 pub fn read(all: &[u8; LEN]) -> Option<Directory> {
     let header = &all[AT..AT + BLOCK];
-    let value = |field| parse(field);
     let directory = Directory {
-        mode: value(&header[MODE])?.try_into().ok()?,
-        uid: value(&header[UID])?.try_into().ok()?,
-        gid: value(&header[GID])?.try_into().ok()?,
-        mtime: value(&header[MTIME])?.try_into().ok()?,
+        mode: parse(&header[MODE])?.try_into().ok()?,
+        uid: parse(&header[UID])?.try_into().ok()?,
+        gid: parse(&header[GID])?.try_into().ok()?,
+        mtime: parse(&header[MTIME])?.try_into().ok()?,
     };
-    (is_sealed(header) && header[NAME].starts_with(SELF) && write(directory) == *all).then_some(directory)
+    // its name and its checksums are in that as well
+    (write(directory) == *all).then_some(directory)
 }
 
 /// Checksum and length of the content.

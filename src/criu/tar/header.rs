@@ -24,13 +24,13 @@ const MORE: usize = 21;
 
 /// A field's place.
 type Field = std::ops::Range<usize>;
-pub(super) const NAME: Field = 0..100;
+const NAME: Field = 0..100;
 pub(super) const MODE: Field = 100..108;
 pub(super) const UID: Field = 108..116;
 pub(super) const GID: Field = 116..124;
 pub(super) const SIZE: Field = 124..136;
 pub(super) const MTIME: Field = 136..148;
-pub(super) const SUM: Field = 148..156;
+const SUM: Field = 148..156;
 pub(super) const TYPE: usize = 156;
 const TARGET: Field = 157..257;
 pub(super) const MAGIC: Field = 257..265;
@@ -160,7 +160,7 @@ pub(super) fn seal(block: &mut [u8]) {
 }
 
 /// Has it the checksum that it should?
-pub(super) fn is_sealed(block: &[u8]) -> bool {
+fn is_sealed(block: &[u8]) -> bool {
     parse(&block[SUM]) == Some(checksum(block).into())
 }
 

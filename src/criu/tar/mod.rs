@@ -37,7 +37,7 @@ use self::call::{Job, job};
 use crate::program::{self, Programs};
 
 /// The name under which CRIU calls it.
-pub(super) const NAME: &str = "tar";
+pub const NAME: &str = "tar";
 /// The directory's name: who is called as `tar` from elsewhere is something else.
 const DIR: &str = "transship-tools";
 
