@@ -4,11 +4,15 @@ use std::{
     fs::{self, File},
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use transship::{
-    criu::tar::{first, tools},
+    criu::{
+        stand_in::ARGUMENT,
+        tar::{first, tools},
+    },
     program::Programs,
 };
 
@@ -71,6 +75,20 @@ fn nothing_runs_before_it() {
     let kinds: Vec<usize> = (0..half(56)).map(|i| half(at + i * half(54))).collect();
     assert_eq!(half(16), 2, "it has to be relocated");
     assert!(!kinds.contains(&3), "it has an interpreter: {kinds:?}");
+}
+
+#[test]
+fn a_stand_in_waits_until_nobody_needs_it() {
+    let mut command = Command::new(QUICK);
+    command.arg(ARGUMENT).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(child.try_wait().unwrap(), None);
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let kib = status.lines().find_map(|l| l.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")).unwrap();
+    assert!(kib.parse::<u32>().unwrap() < 64, "it has memory of its own: {kib} KiB");
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -34,6 +34,7 @@ use super::log;
 use super::page_server::{PageServer, PageSink};
 use super::parent::Parent;
 use super::rpc::{CgMode, CriuOpts, CriuReq, PageServerInfo, ReqType};
+use super::stand_in::StandIn;
 use super::swrk::{Run, Spawn, Swrk};
 use super::version::Criu;
 use crate::cgroup::Freezer;
@@ -105,6 +106,9 @@ pub struct Worker<'a> {
     /// Have CRIU leave shared memory to [`DumpRequest::on_shared`], where the kernel helps with that; else it comes with its
     /// bytes as in any mode.
     pub conceal: bool,
+    /// Tasks whose private memory CRIU is not to see, with the program that stands in for them ([`super::stand_in`]). What it then says
+    /// of the private pages of [`PreparedDump::unseen`] is not true.
+    pub unseen: Option<(&'a Path, &'a [i32])>,
 }
 
 /// A CRIU that waits to be told what to dump. Dropping it ends it.
@@ -116,6 +120,9 @@ pub struct PreparedDump {
     pages_fd: i32,
     memory: Memory,
     questions: Option<Questions>,
+    unseen: Vec<i32>,
+    /// Who is seen instead.
+    _stand_in: Option<StandIn>,
 }
 
 /// What a worker of [`MemoryMode::Parent`] stands on.
@@ -175,6 +182,12 @@ impl Criu {
                 }
             }
         };
+        let stand_in = how.unseen.and_then(|(quick, pids)| {
+            let started = StandIn::start(quick);
+            let started = started.inspect_err(|e| ::log::info!("CRIU looks at all memory: {e:#}"));
+            Some((started.ok()?, pids))
+        });
+        let proc = stand_in.as_ref().map(|(stand_in, pids)| stand_in.mounts(pids)).unwrap_or_default();
         let (ours, asked) = UnixStream::pair().context("making a socket pair for CRIU's questions")?;
         let spawn = |conceal: bool| {
             let spawn = Spawn {
@@ -185,6 +198,7 @@ impl Criu {
                     Memory::Kdat(copy, _) => Run::Kdat(copy.path()),
                     _ => Run::Shared,
                 },
+                proc: proc.clone(),
                 questions: conceal.then_some(asked.as_fd()),
                 ..Spawn::default()
             };
@@ -199,7 +213,23 @@ impl Criu {
             None => (spawn(false)?, None),
         };
         let pages_fd = theirs.as_raw_fd();
-        Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory, questions })
+        let (stand_in, unseen) = match stand_in {
+            Some((stand_in, pids)) => {
+                let unseen = stand_in.stands_for(worker.pid().as_raw(), pids);
+                (Some(stand_in), unseen)
+            }
+            None => (None, Vec::new()),
+        };
+        Ok(PreparedDump {
+            criu: self.clone(),
+            worker,
+            pages,
+            pages_fd,
+            memory,
+            questions,
+            unseen,
+            _stand_in: stand_in,
+        })
     }
 
     /// Starts CRIU and dumps everything: see [`PreparedDump::dump`].
@@ -218,12 +248,22 @@ impl PreparedDump {
         self.worker.pid().as_raw()
     }
 
+    /// The tasks whose private memory CRIU does not see.
+    pub fn unseen(&self) -> &[i32] {
+        &self.unseen
+    }
+
+    /// Which CRIU this is.
+    pub fn version(&self) -> super::version::Version {
+        self.criu.version
+    }
+
     /// Where CRIU goes by soft-dirty bits: clears those of these tasks, which takes some 20 ms for each GiB and so is better done while
     /// they still run. What they write from now on comes with its bytes, everything else as holes. No pids: somebody else has
     /// cleared them. Without this call the dump does it.
     pub fn forget_writes(&mut self, pids: impl IntoIterator<Item = i32>) -> Result<()> {
         if let Memory::SoftDirty { cleared } = &mut self.memory {
-            clear_soft_dirty(pids)?;
+            clear_soft_dirty(pids.into_iter().filter(|pid| !self.unseen.contains(pid)))?;
             *cleared = true;
         }
         Ok(())
@@ -233,7 +273,7 @@ impl PreparedDump {
     /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
     pub fn dump(self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
         let begun = Instant::now();
-        let Self { criu, worker, mut pages, pages_fd, memory, mut questions } = self;
+        let Self { criu, worker, mut pages, pages_fd, memory, mut questions, unseen: _, _stand_in } = self;
         super::stdio::write(request.images_dir, request.descriptors)?;
         let open = |dir: &Path| File::open(dir).with_context(|| format!("opening {}", dir.display()));
         let (images, work) = (open(request.images_dir)?, open(request.work_dir)?);

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use prost::Message;
 
 use super::images::IMG_COMMON_MAGIC;
+use super::version::Version;
 use crate::memory::RangeSet;
 
 /// `MM_MAGIC` (criu/include/magic.h).
@@ -75,6 +76,74 @@ impl Vma {
     }
 }
 
+/// A range of guard pages, as CRIU writes it (`collect_madv_guards`, criu/mem.c): behind the mappings, with nothing known but where.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+struct Guard {
+    #[prost(uint64, required, tag = "1")]
+    start: u64,
+    #[prost(uint64, required, tag = "2")]
+    end: u64,
+    #[prost(uint64, required, tag = "3")]
+    pgoff: u64,
+    #[prost(uint64, required, tag = "4")]
+    shmid: u64,
+    #[prost(uint32, required, tag = "5")]
+    prot: u32,
+    #[prost(uint32, required, tag = "6")]
+    flags: u32,
+    #[prost(uint32, required, tag = "7")]
+    status: u32,
+    #[prost(sint64, required, tag = "8")]
+    fd: i64,
+}
+
+/// What is added to an [`Mm`]; repeated fields may stand anywhere in a message.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+struct Guards {
+    #[prost(message, repeated, tag = "14")]
+    vmas: Vec<Guard>,
+}
+
+/// The first CRIU that knows guard pages.
+const GUARDS: Version = Version { major: 4, minor: 2, sublevel: 0 };
+
+/// Adds guard pages to `mm-ID.img`, in which there are none, as this CRIU would have done.
+pub fn add_guards(images: &Path, id: u64, guards: &RangeSet, criu: Version) -> Result<()> {
+    if guards.is_empty() || criu < GUARDS {
+        return Ok(());
+    }
+    let path = images.join(format!("mm-{id}.img"));
+    let add = || -> Result<()> {
+        crate::private::write(&path, &with_guards(&std::fs::read(&path)?, guards)?).map_err(Into::into)
+    };
+    add().with_context(|| format!("adding guard pages to {}", path.display()))
+}
+
+fn with_guards(image: &[u8], guards: &RangeSet) -> Result<Vec<u8>> {
+    let entry = entry(image)?;
+    let guard = |r: std::ops::Range<u64>| Guard {
+        start: r.start,
+        end: r.end,
+        status: VMA_AREA_GUARD,
+        fd: -1,
+        ..Guard::default()
+    };
+    let more = Guards { vmas: guards.iter().map(guard).collect() }.encode_to_vec();
+    let len = u32::try_from(entry.len() + more.len()).context("a very long entry")?;
+    Ok([&head()[..], &len.to_le_bytes(), entry, &more].concat())
+}
+
+fn head() -> Vec<u8> {
+    [IMG_COMMON_MAGIC.to_le_bytes(), MM_MAGIC.to_le_bytes()].concat()
+}
+
+/// The one entry of an image.
+fn entry(image: &[u8]) -> Result<&[u8]> {
+    let rest = image.strip_prefix(&head()[..]).context("not an image of mappings")?;
+    let (len, rest) = rest.split_first_chunk::<4>().context("half a length")?;
+    rest.get(..u32::from_le_bytes(*len) as usize).context("half an entry")
+}
+
 /// The mappings of one task.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mappings(pub Vec<Vma>);
@@ -88,11 +157,7 @@ impl Mappings {
     }
 
     pub(super) fn decode(image: &[u8]) -> Result<Self> {
-        let head = [IMG_COMMON_MAGIC.to_le_bytes(), MM_MAGIC.to_le_bytes()].concat();
-        let rest = image.strip_prefix(&head[..]).context("not an image of mappings")?;
-        let (len, rest) = rest.split_first_chunk::<4>().context("half a length")?;
-        let entry = rest.get(..u32::from_le_bytes(*len) as usize).context("half an entry")?;
-        let vmas = Mm::decode(entry).context("decoding mappings")?.vmas;
+        let vmas = Mm::decode(entry(image)?).context("decoding mappings")?.vmas;
         ensure!(vmas.iter().all(|v| v.start < v.end), "an impossible mapping");
         Ok(Self(vmas))
     }
@@ -144,6 +209,30 @@ pub(super) mod tests {
         assert!(Mappings::read(dir.path(), 8).is_err());
         let bytes = std::fs::read(dir.path().join("mm-7.img")).unwrap();
         assert!(Mappings::decode(&bytes[..20]).is_err() && Mappings::decode(&bytes[1..]).is_err());
+    }
+
+    #[test]
+    fn guard_pages_are_added_behind_the_mappings() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = [vma(0x1000, 0x9000, 0x22, 1 << 9), vma(0xa000, 0xb000, 0x22, 1 << 9)];
+        write(dir.path(), 7, &of);
+        let guards: RangeSet = [0x2000..0x3000, 0x5000..0x7000].into_iter().collect();
+        let before = Version { minor: GUARDS.minor - 1, ..GUARDS };
+        for (criu, some) in [(before, &guards), (GUARDS, &RangeSet::new())] {
+            add_guards(dir.path(), 7, some, criu).unwrap();
+            assert_eq!(Mappings::read(dir.path(), 7).unwrap().0, of);
+        }
+        add_guards(dir.path(), 7, &guards, GUARDS).unwrap();
+        let all = Mappings::read(dir.path(), 7).unwrap();
+        let guard = |start, end| Vma { start, end, prot: 0, flags: 0, status: VMA_AREA_GUARD };
+        assert_eq!(all.0[..2], of);
+        assert_eq!(all.0[2..], [guard(0x2000, 0x3000), guard(0x5000, 0x7000)]);
+        assert_eq!(all.lazy().bytes(), 0x9000);
+        assert!(add_guards(dir.path(), 8, &guards, GUARDS).is_err());
+        // alloc_vma_area: all of CRIU's required fields are there, and this one is -1
+        let one =
+            Guard { start: 1, end: 2, status: VMA_AREA_GUARD, fd: -1, ..Guard::default() }.encode_to_vec();
+        assert_eq!(one, [8, 1, 16, 2, 24, 0, 32, 0, 40, 0, 48, 0, 56, 128, 128, 4, 64, 1]);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! | [`options`] | what a dump is asked for, so that stock `runc restore` takes the result |
 //! | [`stdio`] | `descriptors.json` |
 //! | [`dump`] | the dump itself |
-//! | [`kdat`], [`parent`], `conceal` | what CRIU is shown so that it leaves memory alone |
+//! | [`kdat`], [`parent`], `conceal`, [`stand_in`] | what CRIU is shown so that it leaves memory alone |
 //! | [`page_server`] | CRIU's page server protocol, receiving end |
 //! | [`images`] | the destination's memory images, written from the pages of a full dump |
 //! | [`plan`], [`mm_image`] | the same after a dump without memory: from the store, some of it left to the page daemon |
@@ -40,6 +40,7 @@ pub mod probe;
 #[cfg(test)]
 mod proof;
 pub mod rpc;
+pub mod stand_in;
 pub mod stdio;
 pub mod swrk;
 pub mod tar;

@@ -20,7 +20,6 @@
 //! With present and lazy pages in one mapping, a huge page that the restore faults in would cover lazy pages as well, which then never
 //! fault: CRIU has to restore with transparent huge pages off (see [`super::gate_server::Opening`]).
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::Write;
@@ -282,36 +281,22 @@ impl Part {
         if let Some(first) = remote.difference(&may_wait).iter().next() {
             bail!("pages {:#x}..{:#x} are still on the source and cannot be lazy", first.start, first.end);
         }
-        // tasks stand still meanwhile, and there may be very many pieces: nothing is gone through that does not have to be
-        let here =
-            if remote.is_empty() { Cow::Borrowed(holes) } else { Cow::Owned(holes.difference(&remote)) };
+        let here = holes.difference(&remote);
         let Found { data, unknown } = store.find(space, &here);
         if let Some(first) = unknown.iter().next() {
             bail!("pages {:#x}..{:#x} never came", first.start, first.end);
         }
-        let zero = match here.bytes() == data.bytes() {
-            true => RangeSet::new(),
-            false => here.difference(&data).difference(&zero_by_itself),
-        };
+        let zero = here.difference(&data).difference(&zero_by_itself);
         let stored = data.difference(&may_wait);
-        let lazy = if stored.is_empty() { data } else { data.intersection(&may_wait) };
+        let lazy = data.intersection(&may_wait);
         let stacks = lazy.intersection(&mappings.stacks());
         Ok(Self { space: Some(space), stored, zero, lazy, remote, stacks, may_wait })
     }
 
     /// In each mapping all from its first page that comes later to its last one.
     fn left_alone(&self) -> RangeSet {
-        let later = match self.remote.is_empty() {
-            true => Cow::Borrowed(&self.lazy),
-            false => Cow::Owned(self.lazy.union(&self.remote)),
-        };
-        let span = |within: Range<u64>| {
-            let mut there = later.overlapping(within);
-            let first = there.next()?;
-            let end = there.last().map_or(first.end, |last| last.end);
-            Some(first.start..end)
-        };
-        self.may_wait.iter().filter_map(span).collect()
+        let later = self.lazy.union(&self.remote);
+        self.may_wait.iter().filter_map(|within| later.span(within)).collect()
     }
 
     /// Takes these out of what is lazy, as far as `room` goes.
@@ -328,7 +313,6 @@ impl Part {
         if taken.is_empty() {
             return;
         }
-        // at once: to take one piece out of very many moves all that follow
         self.lazy = self.lazy.difference(&taken);
         self.stored = self.stored.union(&taken);
     }

@@ -38,6 +38,9 @@ pub struct Spawn<'a> {
     pub path_first: Option<&'a Path>,
     /// What the worker sees in `/run`.
     pub run: Run<'a>,
+    /// What it sees in `/proc` instead of what is there: (file, on which file). One that cannot be mounted is left out. Not empty, it gives
+    /// the worker a mount namespace of its own, as [`Run`] does.
+    pub proc: Vec<(CString, CString)>,
     /// Where [`super::conceal`] is to send the worker's questions.
     pub questions: Option<BorrowedFd<'a>>,
     /// More environment.
@@ -94,6 +97,7 @@ impl Swrk {
                 CString::new(file.as_os_str().as_bytes()).context("a path with a zero byte")?,
             )),
         };
+        let mounts = Mounts { run: over_run, proc: how.proc.clone() };
         crate::private::under_private_umask(&mut command);
         // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare, mount, seccomp and sendmsg, on
         // numbers and strings that were prepared above; nothing allocates.
@@ -108,9 +112,7 @@ impl Swrk {
                 if let Some(fd) = netns {
                     setns(BorrowedFd::borrow_raw(fd), CloneFlags::CLONE_NEWNET)?;
                 }
-                if let Some(over) = &over_run {
-                    over.mount()?;
-                }
+                mounts.make()?;
                 if let Some(socket) = questions {
                     super::conceal::install(socket)?;
                 }
@@ -187,56 +189,94 @@ impl AsFd for Swrk {
 }
 
 /// What is mounted in the worker's own mount namespace.
+struct Mounts {
+    run: Option<OverRun>,
+    /// From where to where.
+    proc: Vec<(CString, CString)>,
+}
+
+/// What lies over `/run`.
 enum OverRun {
     Tmpfs,
     File(CString),
 }
 
-impl OverRun {
+impl Mounts {
     /// In the child, before its exec. System calls only, nothing allocates.
-    fn mount(&self) -> std::io::Result<()> {
-        // Where a container's mounts get theirs from is something CRIU looks up in its own mounts: all keep their peers but the one that
-        // is mounted on, or the others would see it.
-        // SAFETY: plain system calls on constant strings.
-        let before = unsafe { libc::open(c"/run".as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
-        check(before)?;
+    fn make(&self) -> std::io::Result<()> {
+        if self.run.is_none() && self.proc.is_empty() {
+            return Ok(());
+        }
+        let (run, proc) = (Place::find(c"/run")?, Place::find(c"/proc")?);
         check(unshare_mounts())?;
-        let on = match mount(None, c"/run", None, libc::MS_PRIVATE) {
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                mount(None, c"/", None, libc::MS_PRIVATE)?;
-                None
-            }
-            other => Some(other?),
-        };
-        match self {
-            // A file system of its own on top: nothing below it matters to this worker.
-            Self::Tmpfs => mount(Some(c"tmpfs"), c"/run", Some(c"tmpfs"), 0)?,
-            Self::File(file) => {
-                mount(Some(file), KDAT, None, libc::MS_BIND)?;
-                if on.is_some() {
-                    rejoin(before);
+        if let Some(over) = &self.run {
+            let own = run.detach()?;
+            match over {
+                // A file system of its own on top: nothing below it matters to this worker.
+                OverRun::Tmpfs => mount(Some(c"tmpfs"), c"/run", Some(c"tmpfs"), 0)?,
+                OverRun::File(file) => {
+                    mount(Some(file), KDAT, None, libc::MS_BIND)?;
+                    if own {
+                        run.rejoin();
+                    }
                 }
+            }
+        }
+        if !self.proc.is_empty() {
+            let own = proc.detach()?;
+            for (from, to) in &self.proc {
+                // the task may have gone
+                let _ = mount(Some(from), to, None, libc::MS_BIND);
+            }
+            if own {
+                proc.rejoin();
             }
         }
         Ok(())
     }
 }
 
-const KDAT: &CStr = c"/run/criu.kdat";
-/// `MOVE_MOUNT_SET_GROUP | MOVE_MOUNT_T_EMPTY_PATH | MOVE_MOUNT_F_EMPTY_PATH` (linux/mount.h).
-const SET_GROUP: libc::c_uint = 0x100 | 0x40 | 0x4;
+/// A mount that something is put on. Where a container's mounts get theirs from is something CRIU looks up in its own mounts: all keep
+/// their peers but the one that is mounted on, or the others would see it.
+struct Place {
+    path: &'static CStr,
+    /// It in the namespace before.
+    before: libc::c_int,
+}
 
-/// Makes our `/run` a peer again of what it was a copy of. Linux 5.15; where it fails a container's mount that is slave to `/run`
-/// itself would not be recognised, which CRIU then says.
-fn rejoin(before: libc::c_int) {
-    // SAFETY: plain system calls on a descriptor of ours and constant strings.
-    unsafe {
-        let now = libc::open(c"/run".as_ptr(), libc::O_PATH | libc::O_CLOEXEC);
-        if now >= 0 {
-            libc::syscall(libc::SYS_move_mount, before, c"".as_ptr(), now, c"".as_ptr(), SET_GROUP);
+impl Place {
+    fn find(path: &'static CStr) -> std::io::Result<Place> {
+        // SAFETY: a plain system call on a constant string.
+        let before = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
+        Ok(Place { path, before: check(before)? })
+    }
+
+    /// Nobody else sees what is mounted here. Is it a mount of its own, or part of the root's?
+    fn detach(&self) -> std::io::Result<bool> {
+        match mount(None, self.path, None, libc::MS_PRIVATE) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                mount(None, c"/", None, libc::MS_PRIVATE).map(|()| false)
+            }
+            other => other.map(|()| true),
+        }
+    }
+
+    /// Makes it a peer again of what it was a copy of. Linux 5.15; where it fails a container's mount that is slave to this one itself
+    /// would not be recognised, which CRIU then says.
+    fn rejoin(&self) {
+        // SAFETY: plain system calls on a descriptor of ours and constant strings.
+        unsafe {
+            let now = libc::open(self.path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC);
+            if now >= 0 {
+                libc::syscall(libc::SYS_move_mount, self.before, c"".as_ptr(), now, c"".as_ptr(), SET_GROUP);
+            }
         }
     }
 }
+
+const KDAT: &CStr = c"/run/criu.kdat";
+/// `MOVE_MOUNT_SET_GROUP | MOVE_MOUNT_T_EMPTY_PATH | MOVE_MOUNT_F_EMPTY_PATH` (linux/mount.h).
+const SET_GROUP: libc::c_uint = 0x100 | 0x40 | 0x4;
 
 fn check(n: libc::c_int) -> std::io::Result<libc::c_int> {
     if n < 0 { Err(std::io::Error::last_os_error()) } else { Ok(n) }

@@ -3,7 +3,7 @@
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | [`range`], [`scattered`] | sets of address ranges: to combine as a whole, and to change in the middle |
+//! | [`range`] | sets of pages |
 //! | [`maps`] | a task's mappings, from /proc |
 //! | [`inject`] | one system call inside a running task (ptrace) |
 //! | [`tracker`] | which pages were written since the last look: userfaultfd write protection, soft-dirty, hashes |
@@ -29,13 +29,11 @@ pub mod maps;
 pub mod range;
 pub mod rate;
 pub mod read;
-pub mod scattered;
 pub mod sets;
 pub mod store;
 pub mod tracker;
 
 pub use range::RangeSet;
-pub use scattered::Scattered;
 
 use crate::criu::ImageKind;
 

@@ -1,11 +1,32 @@
-//! Sets of address ranges: half-open, disjoint, sorted; neighbours are merged. Pure.
+//! Sets of pages by their addresses (or offsets): what the destination has, what was written, what waits. Pure.
+//!
+//! Memory may be in very many pieces: of a GiB of jemalloc's every fourth page may be empty. Such sets are combined while tasks stand
+//! still, and so a set is kept in chunks of 512 pages: of a chunk that is partly in it there is a bit for each page, neighbouring chunks that
+//! are wholly in it are one entry. Combining two sets takes a few words for each chunk, a change in the middle takes a search.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::{self, Range as Entries};
+use std::fmt;
+use std::iter::Peekable;
 use std::ops::Range;
 
-/// A set of addresses (or offsets), kept as sorted disjoint half-open ranges.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Bytes of a page: sets are of these. The systems that we support have no others (see [`super::tracker`]).
+const PAGE: u64 = 4096;
+const WORDS: usize = 8;
+/// Pages of a chunk.
+const CHUNK: u64 = 64 * WORDS as u64;
+const ALL: Bits = [!0; WORDS];
+
+/// A bit for each page of a chunk.
+type Bits = [u64; WORDS];
+
+/// A set of pages, given and taken as half-open ranges of addresses that begin and end with a page.
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct RangeSet {
-    runs: Vec<Range<u64>>,
+    /// Chunks all of whose pages are in it: the first of neighbours -> the one behind the last. There is always a gap between two.
+    full: BTreeMap<u64, u64>,
+    /// Chunks of which some pages are in it and some are not.
+    part: BTreeMap<u64, Bits>,
 }
 
 impl RangeSet {
@@ -16,154 +37,373 @@ impl RangeSet {
 
     /// Nothing in it?
     pub fn is_empty(&self) -> bool {
-        self.runs.is_empty()
+        self.full.is_empty() && self.part.is_empty()
     }
 
-    /// How many addresses are in it (bytes, when it holds addresses).
+    /// How many bytes its pages have.
     pub fn bytes(&self) -> u64 {
-        self.runs.iter().map(|r| r.end - r.start).sum()
+        let full: u64 = self.full.iter().map(|(from, to)| (to - from) * CHUNK).sum();
+        let part: u64 = self.part.values().flatten().map(|word| u64::from(word.count_ones())).sum();
+        (full + part) * PAGE
     }
 
-    /// The ranges, ascending.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = Range<u64>> + '_ {
-        self.runs.iter().cloned()
+    /// The ranges, ascending; none touches the next.
+    pub fn iter(&self) -> Runs<'_> {
+        self.overlapping(0..u64::MAX)
     }
 
-    /// How many separate ranges.
+    /// How many separate ranges. Counts them.
     pub fn len(&self) -> usize {
-        self.runs.len()
+        self.iter().count()
+    }
+
+    /// How much memory it takes, in entries of some 100 bytes.
+    pub fn weight(&self) -> usize {
+        self.full.len() + self.part.len()
     }
 
     /// Is this address in it?
     pub fn contains(&self, at: u64) -> bool {
-        let i = self.runs.partition_point(|r| r.end <= at);
-        self.runs.get(i).is_some_and(|r| r.start <= at)
+        let page = at / PAGE;
+        self.cells(page / CHUNK).has(page % CHUNK)
     }
 
-    /// The range that this address is in. Takes a binary search.
+    /// The range that this address is in.
     pub fn run_at(&self, at: u64) -> Option<Range<u64>> {
-        let i = self.runs.partition_point(|r| r.end <= at);
-        self.runs.get(i).filter(|r| r.start <= at).cloned()
+        let end = self.overlapping(at / PAGE * PAGE..u64::MAX).next().filter(|run| run.contains(&at))?.end;
+        let mut first = at / PAGE;
+        // to the left as far as it goes
+        while let Some(before) = first.checked_sub(1) {
+            let chunk = before / CHUNK;
+            let from = match self.cells(chunk) {
+                Cells::None => break,
+                Cells::All => self.full_run(chunk).map_or(chunk, |run| run.start) * CHUNK,
+                Cells::Some(bits) => {
+                    chunk * CHUNK + last_page(bits, before % CHUNK, !0).map_or(0, |gap| gap + 1)
+                }
+            };
+            if from == first {
+                break;
+            }
+            first = from;
+        }
+        Some(first * PAGE..end)
     }
 
-    /// The parts inside `window`, ascending. Takes a binary search, however large the set is.
-    pub fn overlapping(&self, window: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
-        let from = self.runs.partition_point(|r| r.end <= window.start);
-        self.runs[from..]
-            .iter()
-            .take_while(move |r| r.start < window.end && window.start < window.end)
-            .map(move |r| r.start.max(window.start)..r.end.min(window.end))
+    /// The parts inside `window`, ascending.
+    pub fn overlapping(&self, window: Range<u64>) -> Runs<'_> {
+        let (at, end) = (window.start.div_ceil(PAGE), window.end / PAGE);
+        Runs { walk: Walk::new(self, at / CHUNK), cells: Cells::None, until: 0, at, end }
     }
 
-    /// Adds a range. Appending in ascending order is cheap.
+    /// From the first address inside `window` to the end of the last.
+    pub fn span(&self, window: Range<u64>) -> Option<Range<u64>> {
+        let first = self.overlapping(window.clone()).next()?.start;
+        let mut end = window.end / PAGE;
+        loop {
+            let chunk = (end - 1) / CHUNK;
+            let last = match self.cells(chunk) {
+                Cells::All => Some(end),
+                Cells::Some(bits) => {
+                    last_page(bits, (end - 1) % CHUNK, 0).map(|page| chunk * CHUNK + page + 1)
+                }
+                Cells::None => None,
+            };
+            if let Some(last) = last {
+                return Some(first..last * PAGE);
+            }
+            let full = self.full.range(..chunk).next_back().map(|(_, to)| *to);
+            let part = self.part.range(..chunk).next_back().map(|(at, _)| at + 1);
+            end = full.max(part)? * CHUNK;
+        }
+    }
+
+    fn cells(&self, chunk: u64) -> Cells<'_> {
+        match self.part.get(&chunk) {
+            Some(bits) => Cells::Some(bits),
+            None if self.full_run(chunk).is_some() => Cells::All,
+            None => Cells::None,
+        }
+    }
+
+    fn full_run(&self, chunk: u64) -> Option<Range<u64>> {
+        self.full.range(..=chunk).next_back().map(|(from, to)| *from..*to).filter(|run| run.contains(&chunk))
+    }
+
+    /// Adds a range.
     pub fn insert(&mut self, add: Range<u64>) {
-        if add.start >= add.end {
-            return;
+        let Some(pieces) = Pieces::of(&add) else { return };
+        for (chunk, bits) in pieces.ends.into_iter().flatten() {
+            if self.full_run(chunk).is_some() {
+                continue;
+            }
+            let all = self.part.entry(chunk).or_default();
+            *all = zip(all, &bits, |a, b| a | b);
+            if *all == ALL {
+                self.fill(chunk..chunk + 1);
+            }
         }
-        if self.runs.last().is_none_or(|last| last.end < add.start) {
-            self.runs.push(add);
-            return;
-        }
-        let from = self.runs.partition_point(|r| r.end < add.start);
-        let to = self.runs.partition_point(|r| r.start <= add.end);
-        let joined = match self.runs.get(from..to) {
-            Some([first, .., last]) => first.start.min(add.start)..last.end.max(add.end),
-            Some([one]) => one.start.min(add.start)..one.end.max(add.end),
-            _ => add,
-        };
-        self.runs.splice(from..to, [joined]);
+        self.fill(pieces.whole);
     }
 
     /// Takes a range out.
     pub fn remove(&mut self, gone: Range<u64>) {
-        if gone.start >= gone.end {
+        let Some(pieces) = Pieces::of(&gone) else { return };
+        for (chunk, bits) in pieces.ends.into_iter().flatten() {
+            if self.full_run(chunk).is_some() {
+                self.empty(chunk..chunk + 1);
+                self.part.insert(chunk, ALL);
+            }
+            if let btree_map::Entry::Occupied(mut left) = self.part.entry(chunk) {
+                *left.get_mut() = zip(left.get(), &bits, |a, b| a & !b);
+                if *left.get() == [0; WORDS] {
+                    left.remove();
+                }
+            }
+        }
+        self.empty(pieces.whole);
+    }
+
+    /// Whole chunks are in it now.
+    fn fill(&mut self, Range { start, end }: Range<u64>) {
+        if start >= end {
             return;
         }
-        let from = self.runs.partition_point(|r| r.end <= gone.start);
-        let to = self.runs.partition_point(|r| r.start < gone.end);
-        if from >= to {
+        self.forget_parts(start..end);
+        let (mut from, mut to) = (start, end);
+        while let Some((&f, &t)) = self.full.range(..=to).next_back().filter(|(_, t)| **t >= from) {
+            (from, to) = (from.min(f), to.max(t));
+            self.full.remove(&f);
+        }
+        self.full.insert(from, to);
+    }
+
+    /// Whole chunks are out of it now.
+    fn empty(&mut self, Range { start, end }: Range<u64>) {
+        if start >= end {
             return;
         }
-        let (first, last) = (self.runs[from].start, self.runs[to - 1].end);
-        let left = (first < gone.start).then_some(first..gone.start);
-        let right = (last > gone.end).then_some(gone.end..last);
-        self.runs.splice(from..to, left.into_iter().chain(right));
+        self.forget_parts(start..end);
+        while let Some((&f, &t)) = self.full.range(..end).next_back().filter(|(_, t)| **t > start) {
+            self.full.remove(&f);
+            if f < start {
+                self.full.insert(f, start);
+            }
+            if end < t {
+                self.full.insert(end, t);
+            }
+        }
+    }
+
+    fn forget_parts(&mut self, chunks: Range<u64>) {
+        while let Some((&chunk, _)) = self.part.range(chunks.clone()).next() {
+            self.part.remove(&chunk);
+        }
     }
 
     /// Everything that is in one of the two.
     pub fn union(&self, other: &Self) -> Self {
-        let (mut a, mut b) = (self.runs.iter().peekable(), other.runs.iter().peekable());
-        let mut out: Vec<Range<u64>> = Vec::with_capacity(self.runs.len().max(other.runs.len()));
-        loop {
-            let next = match (a.peek(), b.peek()) {
-                (Some(x), Some(y)) if x.start <= y.start => a.next(),
-                (_, Some(_)) => b.next(),
-                (Some(_), None) => a.next(),
-                (None, None) => return Self { runs: out },
-            };
-            let Some(next) = next else { continue };
-            match out.last_mut() {
-                Some(last) if last.end >= next.start => last.end = last.end.max(next.end),
-                _ => out.push(next.clone()),
-            }
-        }
+        self.combine(other, |a, b| a | b)
     }
 
     /// What is in both.
     pub fn intersection(&self, other: &Self) -> Self {
-        self.intersect(other.iter())
-    }
-
-    /// What is in this one and in ranges that ascend and do not overlap.
-    pub fn intersect(&self, others: impl IntoIterator<Item = Range<u64>>) -> Self {
-        let mut out = Vec::new();
-        let mut i = 0;
-        for other in others {
-            while self.runs.get(i).is_some_and(|run| run.end <= other.start) {
-                i += 1;
-            }
-            while let Some(run) = self.runs.get(i).filter(|run| run.start < other.end) {
-                out.push(run.start.max(other.start)..run.end.min(other.end));
-                // the rest of it may be in the next one
-                if run.end > other.end {
-                    break;
-                }
-                i += 1;
-            }
-            if i == self.runs.len() {
-                break;
-            }
-        }
-        Self { runs: out }
+        self.combine(other, |a, b| a & b)
     }
 
     /// What is in this one and not in the other.
     pub fn difference(&self, other: &Self) -> Self {
-        let mut out = Vec::new();
-        let mut j = 0;
-        for run in &self.runs {
-            let mut at = run.start;
-            while other.runs.get(j).is_some_and(|o| o.end <= at) {
-                j += 1;
+        self.combine(other, |a, b| a & !b)
+    }
+
+    /// Page by page; `of` gives nothing where there is nothing.
+    fn combine(&self, other: &Self, of: impl Fn(u64, u64) -> u64) -> Self {
+        let (mut mine, mut theirs) = (Walk::new(self, 0), Walk::new(other, 0));
+        let (mut full, mut part) = (Vec::<(u64, u64)>::new(), Vec::new());
+        let mut chunk = 0;
+        while chunk < u64::MAX {
+            let ((a, a_until), (b, b_until)) = (mine.at(chunk), theirs.at(chunk));
+            let until = a_until.min(b_until);
+            let bits = std::array::from_fn(|i| of(a.word(i), b.word(i)));
+            match bits {
+                ALL => match full.last_mut() {
+                    Some((_, to)) if *to == chunk => *to = until,
+                    _ => full.push((chunk, until)),
+                },
+                // of more than one chunk none or all pages are in it
+                bits if bits != [0; WORDS] => part.push((chunk, bits)),
+                _ => {}
             }
-            let mut k = j;
-            while let Some(o) = other.runs.get(k).filter(|o| o.start < run.end) {
-                if o.start > at {
-                    out.push(at..o.start);
-                }
-                at = at.max(o.end);
-                k += 1;
-            }
-            if at < run.end {
-                out.push(at..run.end);
-            }
+            chunk = until;
         }
-        Self { runs: out }
+        Self { full: full.into_iter().collect(), part: part.into_iter().collect() }
     }
 
     /// The part of it inside `window`.
     pub fn clip(&self, window: Range<u64>) -> Self {
-        Self { runs: self.overlapping(window).collect() }
+        self.intersection(&Self::from(window))
+    }
+}
+
+fn zip(a: &Bits, b: &Bits, of: impl Fn(u64, u64) -> u64) -> Bits {
+    std::array::from_fn(|i| of(a[i], b[i]))
+}
+
+/// What of a chunk is in a set.
+#[derive(Clone, Copy)]
+enum Cells<'a> {
+    None,
+    All,
+    Some(&'a Bits),
+}
+
+impl Cells<'_> {
+    fn word(self, i: usize) -> u64 {
+        match self {
+            Cells::None => 0,
+            Cells::All => !0,
+            Cells::Some(bits) => bits[i],
+        }
+    }
+
+    fn has(self, page: u64) -> bool {
+        self.word((page / 64) as usize) >> (page % 64) & 1 == 1
+    }
+}
+
+/// The first page from this one on that is in it, or with `wanted` all ones the first that is not; [`CHUNK`] without.
+fn next_page(bits: &Bits, from: u64, wanted: u64) -> u64 {
+    let mut from = from;
+    while from < CHUNK {
+        let word = (bits[(from / 64) as usize] ^ wanted) >> (from % 64);
+        if word != 0 {
+            return from + u64::from(word.trailing_zeros());
+        }
+        from = (from / 64 + 1) * 64;
+    }
+    CHUNK
+}
+
+/// The last page up to this one that is in it, or with `wanted` all ones the last that is not.
+fn last_page(bits: &Bits, to: u64, wanted: u64) -> Option<u64> {
+    let mut below = !0 >> (63 - to % 64);
+    (0..=to / 64).rev().find_map(|i| {
+        let word = (bits[i as usize] ^ wanted) & std::mem::replace(&mut below, !0);
+        (word != 0).then(|| i * 64 + 63 - u64::from(word.leading_zeros()))
+    })
+}
+
+/// A range as chunks.
+struct Pieces {
+    /// Its first and its last chunk, where that is not whole.
+    ends: [Option<(u64, Bits)>; 2],
+    whole: Range<u64>,
+}
+
+impl Pieces {
+    /// None for an empty one.
+    fn of(range: &Range<u64>) -> Option<Self> {
+        debug_assert!(range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE), "{range:#x?}");
+        let (from, to) = (range.start / PAGE, range.end / PAGE);
+        if from >= to {
+            return None;
+        }
+        let whole = from.div_ceil(CHUNK)..to / CHUNK;
+        let end = |chunk: u64| {
+            let within = from.max(chunk * CHUNK)..to.min((chunk + 1) * CHUNK);
+            (chunk, mask(within.start % CHUNK, within.end - chunk * CHUNK))
+        };
+        let first = (!from.is_multiple_of(CHUNK)).then(|| end(from / CHUNK));
+        let last = (!to.is_multiple_of(CHUNK) && whole.start <= whole.end).then(|| end(to / CHUNK));
+        Some(Self { ends: [first, last], whole })
+    }
+}
+
+/// The pages from one to before the other.
+fn mask(from: u64, to: u64) -> Bits {
+    std::array::from_fn(|i| {
+        let base = i as u64 * 64;
+        let below = |n: u64| match n.saturating_sub(base) {
+            n if n >= 64 => !0,
+            n => (1u64 << n) - 1,
+        };
+        below(to) & !below(from)
+    })
+}
+
+/// What a set has, chunk after chunk.
+struct Walk<'a> {
+    full: Peekable<Entries<'a, u64, u64>>,
+    part: Peekable<Entries<'a, u64, Bits>>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(set: &'a RangeSet, chunk: u64) -> Self {
+        let from = set.full_run(chunk).map_or(chunk, |run| run.start);
+        Walk { full: set.full.range(from..).peekable(), part: set.part.range(chunk..).peekable() }
+    }
+
+    /// What there is of this chunk, and up to which one it is the same. Chunks are asked for in ascending order.
+    fn at(&mut self, chunk: u64) -> (Cells<'a>, u64) {
+        while self.full.next_if(|(_, to)| **to <= chunk).is_some() {}
+        while self.part.next_if(|(at, _)| **at < chunk).is_some() {}
+        match (self.full.peek(), self.part.peek()) {
+            (Some((from, to)), _) if **from <= chunk => (Cells::All, **to),
+            (_, Some((at, bits))) if **at == chunk => (Cells::Some(bits), chunk + 1),
+            (full, part) => {
+                let next = |at: Option<u64>| at.unwrap_or(u64::MAX);
+                (Cells::None, next(full.map(|f| *f.0)).min(next(part.map(|p| *p.0))))
+            }
+        }
+    }
+}
+
+/// The ranges of a set within a window: see [`RangeSet::iter`].
+pub struct Runs<'a> {
+    walk: Walk<'a>,
+    /// What there is at `at`, up to the chunk `until`.
+    cells: Cells<'a>,
+    until: u64,
+    /// The next page, and the first that is of no interest.
+    at: u64,
+    end: u64,
+}
+
+impl Runs<'_> {
+    /// Goes on to the first page that is in the set, or with `wanted` all ones to the first that is not.
+    fn skip(&mut self, wanted: u64) {
+        while self.at < self.end {
+            let chunk = self.at / CHUNK;
+            if chunk >= self.until {
+                (self.cells, self.until) = self.walk.at(chunk);
+            }
+            let next = match self.cells {
+                Cells::Some(bits) => next_page(bits, self.at % CHUNK, wanted),
+                uniform if uniform.word(0) != wanted => return,
+                _ => {
+                    self.at = self.until.saturating_mul(CHUNK);
+                    continue;
+                }
+            };
+            self.at = chunk * CHUNK + next;
+            if next < CHUNK {
+                return;
+            }
+        }
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        self.skip(0);
+        let start = self.at;
+        if start >= self.end {
+            return None;
+        }
+        self.skip(!0);
+        Some(start * PAGE..self.at.min(self.end) * PAGE)
     }
 }
 
@@ -181,56 +421,13 @@ impl FromIterator<Range<u64>> for RangeSet {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A set over 64 addresses as a bit mask, to compare with.
-    fn mask(s: &RangeSet) -> u64 {
-        s.iter().flat_map(|r| r.start..r.end).fold(0, |m, a| m | 1 << a)
-    }
-
-    fn well_formed(s: &RangeSet) -> bool {
-        s.runs.iter().all(|r| r.start < r.end) && s.runs.windows(2).all(|w| w[0].end < w[1].start)
-    }
-
-    #[test]
-    fn agrees_with_bit_masks() {
-        let mut seed = 7u64;
-        let mut random = |n: u64| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (seed >> 33) % n
-        };
-        let (mut a, mut b) = (RangeSet::new(), RangeSet::new());
-        for step in 0..20_000 {
-            let set = if random(2) == 0 { &mut a } else { &mut b };
-            let start = random(64);
-            let range = start..(start + random(12)).min(64);
-            let bits = (range.start..range.end).fold(0u64, |m, x| m | 1 << x);
-            let before = mask(set);
-            let want = if random(2) == 0 {
-                set.insert(range);
-                before | bits
-            } else {
-                set.remove(range);
-                before & !bits
-            };
-            assert_eq!(mask(set), want, "step {step}");
-            assert_eq!(set.bytes(), u64::from(want.count_ones()));
-            for (got, want) in [
-                (a.union(&b), mask(&a) | mask(&b)),
-                (a.intersection(&b), mask(&a) & mask(&b)),
-                (a.difference(&b), mask(&a) & !mask(&b)),
-            ] {
-                assert!(well_formed(&got), "{got:?}");
-                assert_eq!(mask(&got), want, "step {step}: {a:?} {b:?}");
-            }
-            assert!(well_formed(&a) && well_formed(&b));
-            let at = random(64);
-            assert_eq!(a.contains(at), mask(&a) >> at & 1 == 1);
-            assert_eq!(a.run_at(at), a.iter().find(|r| r.contains(&at)));
-            let window = at..(at + random(12)).min(64);
-            assert_eq!(a.clip(window.clone()), a.intersection(&RangeSet::from(window)));
-        }
+impl fmt::Debug for RangeSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let run = |r: Range<u64>| format!("{:x}-{:x}", r.start, r.end);
+        f.debug_set().entries(self.iter().map(|r| format_args!("{}", run(r)).to_string())).finish()
     }
 }
+
+#[cfg(test)]
+#[path = "range_tests.rs"]
+mod tests;

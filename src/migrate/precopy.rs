@@ -23,7 +23,7 @@ use super::turn::{Turn, Turns};
 use crate::control::Event;
 use crate::criu::dump::{PreparedDump, Worker};
 use crate::criu::page_server::page_size;
-use crate::criu::{self, MemoryMode};
+use crate::criu::{self, MemoryMode, stand_in};
 use crate::memory::converge::{self, Budget, Decision, RoundStats};
 use crate::memory::tracker::{self, Found};
 use crate::program::Programs;
@@ -103,12 +103,15 @@ pub(super) fn run(
     let post_copy = next == Next::FreezePostCopy;
     cx.link.json(Kind::Prepare, &Prepare {})?;
     cx.link.flush()?;
-    let tools = criu::tar::tools(&prepared.work(), &Programs::find()?).context("CRIU's tools")?;
+    let programs = Programs::find()?;
+    let tools = criu::tar::tools(&prepared.work(), &programs).context("CRIU's tools")?;
+    let unseen = stand_in::worth_it(rounds.pids()?);
     let how = Worker {
         memory: MemoryMode::Parent,
         netns: Some(prepared.netns.as_fd()),
         path_first: Some(&criu::tar::first(&tools)),
         conceal: rounds.copier.knows_shared() && criu::conceal::possible(rounds.pids()?),
+        unseen: programs.quick.as_deref().map(|quick| (quick, &unseen[..])).filter(|_| !unseen.is_empty()),
     };
     let worker = prepared.criu.prepare_dump(&how).context("starting CRIU")?;
     cx.link.wire().expect::<Ready>(Kind::Ready).context("waiting until the destination is ready")?;

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use crate::memory::{RangeSet, Scattered, Space};
+use crate::memory::{RangeSet, Space};
 
 /// Bytes in one answer: more requests than that are answered in several.
 const ANSWER: u64 = 256 << 10;
@@ -24,7 +24,7 @@ const MAX_WANTED: usize = 1 << 20;
 /// The pages that are still here, and who waits for which.
 #[derive(Debug, Default)]
 pub(super) struct Remains {
-    left: BTreeMap<Space, Scattered>,
+    left: BTreeMap<Space, RangeSet>,
     wanted: VecDeque<(Space, Range<u64>)>,
     around: VecDeque<(Space, Range<u64>)>,
     trails: Trails,
@@ -33,7 +33,7 @@ pub(super) struct Remains {
 impl Remains {
     /// All of these.
     pub fn new(left: &BTreeMap<Space, RangeSet>) -> Remains {
-        let left = left.iter().filter(|(_, s)| !s.is_empty()).map(|(space, set)| (*space, set.into()));
+        let left = left.iter().filter(|(_, s)| !s.is_empty()).map(|(space, set)| (*space, set.clone()));
         Remains { left: left.collect(), ..Remains::default() }
     }
 
@@ -44,7 +44,7 @@ impl Remains {
 
     /// How many bytes.
     pub fn bytes(&self) -> u64 {
-        self.left.values().map(Scattered::bytes).sum()
+        self.left.values().map(RangeSet::bytes).sum()
     }
 
     /// The destination needs none of it any more.

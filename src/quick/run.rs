@@ -3,6 +3,7 @@
 use core::ffi::CStr;
 
 use transship::criu::gate::{ACTION, ANSWER, GO, POST_RESTORE, STAGE};
+use transship::criu::stand_in;
 use transship::criu::tar;
 use transship::criu::tar::call::{Job, job};
 use transship::criu::tar::empty::{self, Directory};
@@ -33,6 +34,8 @@ pub fn run(start: &Start) -> ! {
             // SAFETY: the vectors are the kernel's.
             unsafe { sys::become_program(full, start.argv, start.envp) };
         }
+    } else if start.args().eq([stand_in::ARGUMENT.as_bytes()]) {
+        exit(wait());
     }
     STDERR.write(b"transship-quick is called by CRIU while a container is moved, not by hand; or the program that it stands for is missing.\n");
     exit(1)
@@ -65,6 +68,12 @@ fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a CStr> {
 /// The string up to the first nul.
 fn string(bytes: &[u8]) -> Option<&CStr> {
     CStr::from_bytes_until_nul(bytes).ok()
+}
+
+/// Is there to be looked at, until somebody closes stdin.
+fn wait() -> u8 {
+    while STDIN.read(&mut [0]).is_some_and(|n| n > 0) {}
+    0
 }
 
 /// CRIU's action script: the answer to CRIU, if it is known. `dir` is where the gates are.

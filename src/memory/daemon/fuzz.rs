@@ -4,6 +4,7 @@
 pub mod lazy_pages {
     use std::fs::File;
     use std::io::IoSlice;
+    use std::ops::Range;
     use std::os::fd::{AsRawFd, OwnedFd};
 
     use nix::sys::socket::{
@@ -95,14 +96,23 @@ pub mod lazy_pages {
 
     /// Pages of a small memory.
     const PAGES: u64 = 64;
+    const P: u64 = 4096;
+
+    fn bytes(pages: &Range<u64>) -> Range<u64> {
+        pages.start * P..pages.end * P
+    }
+
+    fn pages(piece: &Piece) -> Range<u64> {
+        piece.start / P..piece.end / P
+    }
 
     /// Changes of a task's memory, beside a model that has an entry for each page.
     fn book(input: &mut Input<'_>) {
         let mut set = RangeSet::new();
         let first = input.number();
-        (0..PAGES).filter(|n| first >> n & 1 == 1).for_each(|n| set.insert(n..n + 1));
+        (0..PAGES).filter(|n| first >> n & 1 == 1).for_each(|n| set.insert(bytes(&(n..n + 1))));
         let mut pieces = Pieces::new(&set);
-        let mut model: Vec<Option<u64>> = (0..2 * PAGES).map(|n| set.contains(n).then_some(n)).collect();
+        let mut model: Vec<Option<u64>> = (0..2 * PAGES).map(|n| set.contains(n * P).then_some(n)).collect();
         while !input.is_empty() {
             let (what, a, b, c) = (input.byte(), input.byte(), input.byte(), input.byte());
             let (start, to) = (u64::from(a) % PAGES, u64::from(c) % PAGES);
@@ -112,25 +122,25 @@ pub mod lazy_pages {
                 window.clone().filter_map(|n| model[n as usize].map(|image| (n, image))).collect();
             match what % 5 {
                 0 => {
-                    let taken = pieces.take(window.clone());
+                    let taken = pieces.take(bytes(&window));
                     let each =
-                        taken.iter().flat_map(|p| (p.start..p.end).map(|n| (n, p.image + n - p.start)));
+                        taken.iter().flat_map(|p| pages(p).map(|n| (n, (p.image + n * P - p.start) / P)));
                     assert_eq!(each.collect::<Vec<_>>(), waiting);
                     window.for_each(|n| model[n as usize] = None);
                 }
                 1 => {
-                    pieces.remove(window.clone());
+                    pieces.remove(bytes(&window));
                     window.for_each(|n| model[n as usize] = None);
                 }
                 2 => {
-                    pieces.remap(start, to, end - start);
+                    pieces.remap(start * P, to * P, (end - start) * P);
                     window.clone().for_each(|n| model[n as usize] = None);
                     (to..to + (end - start)).for_each(|n| model[n as usize] = None);
                     waiting.iter().for_each(|(n, image)| model[(n - start + to) as usize] = Some(*image));
                 }
                 3 => {
                     let mut found: Vec<u64> =
-                        pieces.take_images(window.clone()).iter().flat_map(|p| p.start..p.end).collect();
+                        pieces.take_images(bytes(&window)).iter().flat_map(pages).collect();
                     found.sort_unstable();
                     let at = |n: &u64| model[*n as usize].is_some_and(|image| window.contains(&image));
                     let want: Vec<u64> = (0..2 * PAGES).filter(at).collect();
@@ -138,18 +148,18 @@ pub mod lazy_pages {
                     want.iter().for_each(|n| model[*n as usize] = None);
                 }
                 _ => {
-                    pieces.insert(Piece { start, end, image: to });
+                    pieces.insert(Piece { start: start * P, end: end * P, image: to * P });
                     window.for_each(|n| model[n as usize] = Some(n - start + to));
                 }
             }
-            let now = (0..2 * PAGES).map(|n| pieces.at(n).map(|p| p.image + (n - p.start)));
+            let now = (0..2 * PAGES).map(|n| pieces.at(n * P).map(|p| (p.image + (n * P - p.start)) / P));
             assert_eq!(now.collect::<Vec<_>>(), model);
             let count = model.iter().flatten().count() as u64;
-            assert_eq!((pieces.bytes(), pieces.is_empty()), (count, count == 0));
-            let group = pieces.group(start, 8);
+            assert_eq!((pieces.bytes(), pieces.is_empty()), (count * P, count == 0));
+            let group = pieces.group(start * P, 8 * P);
             assert!(group.windows(2).all(|p| p[0].images().end <= p[1].image && p[0].end <= p[1].start));
             assert_eq!(
-                pieces.next(start).map(|p| p.start),
+                pieces.next(start * P).map(|p| p.start / P),
                 (start..2 * PAGES).find(|n| model[*n as usize].is_some())
             );
         }

@@ -232,9 +232,15 @@ impl Spent {
 mod tests {
     use super::*;
 
+    const P: u64 = 4096;
+
+    fn pages(range: Range<u64>) -> Range<u64> {
+        range.start * P..range.end * P
+    }
+
     /// The map as one image address for each page of a small space.
     fn model(p: &Pieces) -> Vec<Option<u64>> {
-        (0..64).map(|a| p.at(a).map(|q| q.image + (a - q.start))).collect()
+        (0..64).map(|a| p.at(a * P).map(|q| (q.image + (a * P - q.start)) / P)).collect()
     }
 
     #[test]
@@ -259,16 +265,16 @@ mod tests {
 
     #[test]
     fn groups_are_read_at_once() {
-        let mut pieces = Pieces::new(&RangeSet::from_iter([3..20, 30..34, 40..64, 100..110]));
+        let mut pieces = Pieces::new(&[3..20, 30..34, 40..64, 100..110].into_iter().map(pages).collect());
         let spans = |p: &Pieces, at, most| -> Vec<_> {
-            p.group(at, most).iter().map(|p| (p.start, p.end, p.image)).collect()
+            p.group(at * P, most * P).iter().map(|p| (p.start / P, p.end / P, p.image / P)).collect()
         };
         assert_eq!(spans(&pieces, 0, 40), [(3, 20, 3), (30, 34, 30), (40, 43, 40)]);
         assert_eq!(spans(&pieces, 43, 40), [(43, 64, 43)]);
         assert_eq!(spans(&pieces, 64, 4), [(100, 104, 100)]);
         assert!(spans(&pieces, 110, 40).is_empty());
         // what was moved lies elsewhere in the space, here before its neighbour
-        pieces.remap(3, 34, 3);
+        pieces.remap(3 * P, 34 * P, 3 * P);
         assert_eq!(spans(&pieces, 30, 40), [(30, 34, 30)]);
         assert_eq!(spans(&pieces, 34, 60), [(34, 37, 3), (40, 63, 40)]);
     }
@@ -284,7 +290,7 @@ mod tests {
         let mut want: Vec<Option<u64>> = vec![None; 64];
         for step in 0..30_000 {
             if step % 500 == 0 {
-                pieces = Pieces::new(&RangeSet::from_iter([3..20, 30..64]));
+                pieces = Pieces::new(&[3..20, 30..64].into_iter().map(pages).collect());
                 want =
                     (0..64).map(|a| (3..20).contains(&a).then_some(a).or((a >= 30).then_some(a))).collect();
             }
@@ -292,11 +298,12 @@ mod tests {
             let end = (start + random(9)).min(64);
             match random(5) {
                 0 => {
-                    pieces.remove(start..end);
+                    pieces.remove(pages(start..end));
                     want[start as usize..end as usize].fill(None);
                 }
                 1 => {
-                    let got: Vec<u64> = pieces.take(start..end).iter().flat_map(|p| p.start..p.end).collect();
+                    let got: Vec<u64> =
+                        pieces.take(pages(start..end)).iter().flat_map(|p| p.start / P..p.end / P).collect();
                     let had: Vec<u64> = (start..end).filter(|a| want[*a as usize].is_some()).collect();
                     assert_eq!(got, had, "step {step}");
                     want[start as usize..end as usize].fill(None);
@@ -306,24 +313,25 @@ mod tests {
                     let moved: Vec<Option<u64>> = want[start as usize..end as usize].to_vec();
                     want[start as usize..end as usize].fill(None);
                     want[to as usize..][..moved.len()].copy_from_slice(&moved);
-                    pieces.remap(start, to, end - start);
+                    pieces.remap(start * P, to * P, (end - start) * P);
                 }
                 3 => {
-                    let taken = pieces.take_images(start..end);
+                    let taken = pieces.take_images(pages(start..end));
                     for a in want.iter_mut().filter(|a| a.is_some_and(|i| (start..end).contains(&i))) {
                         *a = None;
                     }
-                    assert!(taken.iter().all(|p| p.image >= start && p.images().end <= end));
+                    assert!(taken.iter().all(|p| p.image >= start * P && p.images().end <= end * P));
                 }
                 _ => {
                     let above = (start..64).find(|a| want[*a as usize].is_some());
-                    assert_eq!(pieces.next(start).map(|p| p.start), above, "step {step}");
+                    assert_eq!(pieces.next(start * P).map(|p| p.start / P), above, "step {step}");
                 }
             }
             assert_eq!(model(&pieces), want, "step {step}");
-            assert_eq!(pieces.bytes(), want.iter().flatten().count() as u64);
+            assert_eq!(pieces.bytes(), want.iter().flatten().count() as u64 * P);
             assert_eq!(pieces.images().bytes(), pieces.bytes());
-            assert_eq!(pieces.images_within(start..end), pieces.images().clip(start..end), "step {step}");
+            let window = pages(start..end);
+            assert_eq!(pieces.images_within(window.clone()), pieces.images().clip(window), "step {step}");
             assert_eq!(pieces.is_empty(), pieces.bytes() == 0);
         }
     }

@@ -71,7 +71,7 @@ pub fn candidates(task: &Task, select: Select, shared: &mut Shared) -> Result<Fo
         match class(m, shmem_device()) {
             Class::Skip => {}
             Class::Private { .. } => {
-                pagemap.scan(m.range.clone(), select, false)?.iter().for_each(|r| written.insert(r));
+                pagemap.scan(m, select, false)?.iter().for_each(|r| written.insert(r));
             }
             Class::Shared { shmid } => shared.unwatched(shmid, task.pid, m),
         }

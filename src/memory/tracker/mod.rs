@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | [`class`] | what a mapping means: private, shared, nobody's |
+//! | [`existing`] | which pages there are, written or not |
 //! | [`scan`] | PAGEMAP_SCAN and the words of pagemap |
 //! | [`uffd`] | the ioctls of a userfaultfd |
 //! | [`protect`] | tracker `uffd-wp` |
@@ -22,6 +23,7 @@
 //! looks.
 
 mod class;
+pub mod existing;
 mod hash;
 mod probe;
 mod protect;

@@ -145,7 +145,7 @@ impl Look<'_> {
             let found = match class(m, shmem_device()) {
                 Class::Skip => Ok(Some(RangeSet::new())),
                 Class::Private { .. } if avoid.contains(&m.range.start) => {
-                    pagemap.scan(m.range.clone(), Select::Populated, false).map(Some)
+                    pagemap.scan(m, Select::Populated, false).map(Some)
                 }
                 Class::Private { file } => self.private(m, file, &mut pagemap),
                 Class::Shared { shmid } => self.shared(m, shmid, &mut pagemap),
@@ -164,12 +164,12 @@ impl Look<'_> {
     /// None: it must be registered first.
     fn private(&mut self, m: &Mapping, file: bool, pagemap: &mut Pagemap) -> io::Result<Option<RangeSet>> {
         let select = if file { Select::WrittenOrSwapped } else { Select::Written };
-        match pagemap.scan(m.range.clone(), select, !self.last) {
+        match pagemap.scan(m, select, !self.last) {
             Err(e) if unwatched(&e) => {}
             other => return other.map(Some),
         }
         if self.refused || (file && !m.write) {
-            let all = pagemap.scan(m.range.clone(), Select::Populated, false)?;
+            let all = pagemap.scan(m, Select::Populated, false)?;
             return Ok((self.refused || all.is_empty()).then_some(all));
         }
         Ok(None)
@@ -178,7 +178,7 @@ impl Look<'_> {
     /// As [`Self::private`]; what was written goes to the object.
     fn shared(&mut self, m: &Mapping, shmid: u64, pagemap: &mut Pagemap) -> io::Result<Option<RangeSet>> {
         let pid = self.task.pid;
-        match pagemap.scan(m.range.clone(), Select::SharedWritten, !self.last) {
+        match pagemap.scan(m, Select::SharedWritten, !self.last) {
             Ok(written) => self.shared.watched(shmid, pid, m, &written),
             Err(e) if !unwatched(&e) => return Err(e),
             _ if !m.write && self.watched.read_only.contains(&(m.range.start, m.range.end)) => {
@@ -216,7 +216,7 @@ impl Look<'_> {
                 }
                 if kind == (Class::Private { file: true })
                     && !m.write
-                    && pagemap.scan(m.range.clone(), Select::Populated, false)?.is_empty()
+                    && pagemap.scan(&m, Select::Populated, false)?.is_empty()
                 {
                     continue;
                 }
@@ -234,7 +234,7 @@ impl Look<'_> {
                     // Markers in every place: from here on a place without an entry was written and reclaimed.
                     uffd.map(|u| u.protect(m.range.clone()).is_ok())
                 }
-                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m.range.clone()) {
+                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m) {
                     Ok(all) => {
                         all.iter().for_each(|r| written.insert(r));
                         Some(true)
@@ -250,7 +250,7 @@ impl Look<'_> {
                 None => {}
             }
             if ours != Some(true) && matches!(kind, Class::Private { .. }) {
-                let all = pagemap.scan(m.range.clone(), Select::Populated, false)?;
+                let all = pagemap.scan(m, Select::Populated, false)?;
                 all.iter().for_each(|r| written.insert(r));
             }
         }
@@ -277,8 +277,8 @@ impl Look<'_> {
 }
 
 /// Protects what is populated and names it.
-fn adopted(pagemap: &mut Pagemap, uffd: &Uffd, range: Range<u64>) -> io::Result<RangeSet> {
-    let (all, stale) = pagemap.adopt(range)?;
+fn adopted(pagemap: &mut Pagemap, uffd: &Uffd, m: &Mapping) -> io::Result<RangeSet> {
+    let (all, stale) = pagemap.adopt(m)?;
     stale.iter().try_for_each(|r| uffd.protect(r))?;
     Ok(all)
 }

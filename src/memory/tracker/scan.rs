@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result};
 
 use crate::memory::RangeSet;
+use crate::memory::maps::Mapping;
 
 /// Bytes of a page. CRIU's images and the kernels that we support count in these (64 KiB kernels are refused by the preflight).
 pub const PAGE: u64 = 4096;
@@ -31,7 +32,11 @@ const GUARD: u64 = 1 << 8; // Linux 6.15
 pub enum Select {
     /// What CRIU would dump of a private mapping: present or swapped; not the zero page, a page of the file, or a guard page.
     Populated,
-    /// Of these the ones written since they were protected. Fails with EPERM where the range is not wholly under tracking.
+    /// The same and guard pages, told apart by [`Pagemap::existing`]. Only with PAGEMAP_SCAN.
+    Existing,
+    /// Guard pages. Only with PAGEMAP_SCAN; none on kernels before 6.15.
+    Guards,
+    /// Of the populated ones those written since they were protected. Fails with EPERM where the range is not wholly under tracking.
     Written,
     /// As `Written`, and every swapped page. For private file mappings: a protected page that MADV_DONTNEED or a truncation took
     /// leaves a marker that looks like a swapped, clean page; its content is the file's again.
@@ -41,6 +46,28 @@ pub enum Select {
     SharedWritten,
     /// Populated and soft-dirty.
     SoftDirty,
+}
+
+/// Where to look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Area {
+    range: Range<u64>,
+    /// Pages of a file may be there. To tell them from the task's own the kernel looks at each page, which takes it four times as long
+    /// as reading the page tables.
+    files: bool,
+}
+
+impl From<&Mapping> for Area {
+    fn from(m: &Mapping) -> Area {
+        let own = ["[heap]", "[stack]"].contains(&m.name.as_str()) || m.name.starts_with("[anon:");
+        Area { range: m.range.clone(), files: m.inode != 0 || !(m.name.is_empty() || own) }
+    }
+}
+
+impl From<Range<u64>> for Area {
+    fn from(range: Range<u64>) -> Area {
+        Area { range, files: true }
+    }
 }
 
 /// struct pm_scan_arg
@@ -93,20 +120,20 @@ impl Pagemap {
         Ok(Self { file, regions: vec![Region::default(); 4096], guard: true })
     }
 
-    /// The pages of `range` that `select` means. `protect`: in the same step they are write-protected again, so that a write from
+    /// The pages of `area` that `select` means. `protect`: in the same step they are write-protected again, so that a write from
     /// here on is found by the next look (ranges under tracking only).
-    pub fn scan(&mut self, range: Range<u64>, select: Select, protect: bool) -> io::Result<RangeSet> {
+    pub fn scan(&mut self, area: impl Into<Area>, select: Select, protect: bool) -> io::Result<RangeSet> {
         let mut found = RangeSet::new();
-        self.each(range, select, protect, |pages, _| found.insert(pages))?;
+        self.each(area.into(), select, protect, |pages, _| found.insert(pages))?;
         Ok(found)
     }
 
     /// As [`Self::scan`] with [`Select::Populated`] and `protect`, and as the second answer the pages that the kernel believes to
     /// be protected already. In a range that has only just come under tracking there are none, but for kernels whose mremap left
     /// the protection bit in the moved entries (before 6.13).
-    pub fn adopt(&mut self, range: Range<u64>) -> io::Result<(RangeSet, RangeSet)> {
+    pub fn adopt(&mut self, area: impl Into<Area>) -> io::Result<(RangeSet, RangeSet)> {
         let (mut all, mut stale) = (RangeSet::new(), RangeSet::new());
-        self.each(range, Select::Populated, true, |pages, categories| {
+        self.each(area.into(), Select::Populated, true, |pages, categories| {
             if categories & (WRITTEN | SWAPPED) == 0 {
                 stale.insert(pages.clone());
             }
@@ -115,16 +142,31 @@ impl Pagemap {
         Ok((all, stale))
     }
 
+    /// The pages that CRIU would dump of a private mapping, and the guard pages in it.
+    ///
+    /// # Errors
+    /// Also on kernels without PAGEMAP_SCAN.
+    pub fn existing(&mut self, area: impl Into<Area>) -> io::Result<(RangeSet, RangeSet)> {
+        let (mut all, mut guards) = (RangeSet::new(), RangeSet::new());
+        self.each(area.into(), Select::Existing, false, |pages, categories| {
+            if categories & GUARD == 0 { all.insert(pages) } else { guards.insert(pages) }
+        })?;
+        Ok((all, guards))
+    }
+
     fn each(
         &mut self,
-        range: Range<u64>,
+        Area { range, files }: Area,
         select: Select,
         protect: bool,
         mut found: impl FnMut(Range<u64>, u64),
     ) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
-            let mut arg = self.arg(at..range.end, select, protect);
+            if select == Select::Guards && !self.guard {
+                return Ok(());
+            }
+            let mut arg = self.arg(Area { range: at..range.end, files }, select, protect);
             // SAFETY: `arg` is struct pm_scan_arg; it points at `regions`, which outlives the call and is as long as it says.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
             if n < 0 {
@@ -152,8 +194,9 @@ impl Pagemap {
         Ok(())
     }
 
-    fn arg(&mut self, range: Range<u64>, select: Select, protect: bool) -> Arg {
-        let not = FILE | PFNZERO | if self.guard { GUARD } else { 0 };
+    fn arg(&mut self, Area { range, files }: Area, select: Select, protect: bool) -> Arg {
+        let guard = if self.guard { GUARD } else { 0 };
+        let not = PFNZERO | if files { FILE } else { 0 } | guard;
         let mut arg = Arg {
             size: size_of::<Arg>() as u64,
             flags: if protect { PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC } else { 0 },
@@ -168,6 +211,14 @@ impl Pagemap {
         };
         match select {
             Select::Populated => arg.return_mask = WRITTEN | SWAPPED,
+            Select::Existing => {
+                (arg.category_inverted, arg.category_mask) = (not & !GUARD, not & !GUARD);
+                arg.return_mask = guard;
+            }
+            Select::Guards => {
+                (arg.category_inverted, arg.category_mask) = (0, GUARD);
+                (arg.category_anyof_mask, arg.return_mask) = (0, GUARD);
+            }
             Select::Written => {
                 arg.category_mask |= WRITTEN;
                 arg.return_mask = WRITTEN;

@@ -14,10 +14,12 @@ use super::super::precopy::merge;
 use super::super::report::{Item, Side, millis};
 use super::super::shared::{Object, Sent};
 use super::super::tmpfs::Tmpfs;
+use super::listed::Unseen;
 use crate::criu::ImageKind;
 use crate::criu::tar::staged::Table;
-use crate::memory::tracker::{Found, Source, Task};
-use crate::memory::{RangeSet, maps};
+use crate::memory::maps::Mapping;
+use crate::memory::tracker::{Found, Source, Task, existing};
+use crate::memory::{RangeSet, Space, maps};
 
 /// What the freeze is spent on, on this side.
 pub(super) struct Items {
@@ -113,6 +115,23 @@ impl Beside<'_> {
             }
             items.until_now("final pages", at);
             Ok((found, copier))
+        })
+    }
+
+    /// Says what there is of the tasks that CRIU does not see. `before`: their mappings, from before CRIU has put anything into them.
+    pub fn existing(&self, before: &[(Task, Vec<Mapping>)], to: mpsc::Sender<Unseen>) -> Done<()> {
+        self.timed(|items| {
+            let at = items.now();
+            let one = |(task, mappings): &(Task, Vec<Mapping>)| {
+                let space = Space { kind: ImageKind::Pid, id: task.vpid };
+                existing::of(task.pid, mappings).map(|existing| (space, existing))
+            };
+            // whoever takes it has failed if nobody does, and says why
+            to.send(before.iter().map(one).collect()).ok();
+            if !before.is_empty() {
+                items.until_now("list of pages", at);
+            }
+            Ok(())
         })
     }
 

@@ -1,7 +1,7 @@
 //! What CRIU says while it dumps, on its way to the destination: the pages that there are, and the shared memory that it does not see.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::path::Path;
 use std::sync::mpsc;
@@ -12,10 +12,15 @@ use super::super::code_pages::CodePages;
 use super::super::link::Link;
 use super::super::shared::{Object, Sent};
 use super::super::stream::Sender;
-use crate::criu::mm_image::Mappings;
+use crate::criu::mm_image::{self, Mappings};
 use crate::criu::page_server::{PE_PARENT, page_size};
-use crate::criu::{ImageKind, PageEvent};
+use crate::criu::{ImageKind, PageEvent, Version};
+use crate::memory::store::ADDRESSES;
+use crate::memory::tracker::existing::Existing;
 use crate::memory::{RangeSet, Space};
+
+/// What [`super::beside`] says of the tasks that CRIU does not see: their private memory, or why that is not known.
+pub(super) type Unseen = Result<BTreeMap<Space, Existing>>;
 
 /// Takes what CRIU says. CRIU's calls come one after the other, from different closures: hence the cells.
 pub(super) struct Listener<'a> {
@@ -25,22 +30,42 @@ pub(super) struct Listener<'a> {
     pages: RefCell<RangeSet>,
     listed: RefCell<BTreeMap<Space, RangeSet>>,
     objects: RefCell<Option<mpsc::Sender<Object>>>,
+    /// Whom CRIU does not see.
+    unseen: HashSet<Space>,
+    /// What there is of them; asked once.
+    existing: RefCell<Option<mpsc::Receiver<Unseen>>>,
+    theirs: RefCell<BTreeMap<Space, Existing>>,
 }
 
 impl<'a> Listener<'a> {
-    /// `objects` gets the shared memory that CRIU does not see.
-    pub fn new(link: &'a Link, objects: mpsc::Sender<Object>) -> Listener<'a> {
+    /// `objects` gets the shared memory that CRIU does not see; `existing` tells what there is of these tasks.
+    pub fn new(
+        link: &'a Link,
+        objects: mpsc::Sender<Object>,
+        unseen: HashSet<Space>,
+        existing: mpsc::Receiver<Unseen>,
+    ) -> Listener<'a> {
         Listener {
             sender: RefCell::new(Sender::new(link)),
             open: Cell::new(None),
             pages: RefCell::default(),
             listed: RefCell::default(),
             objects: RefCell::new(Some(objects)),
+            unseen,
+            existing: RefCell::new(Some(existing)),
+            theirs: RefCell::default(),
         }
     }
 
     /// Passes an event on: code pages as they were, shared memory that the destination has as holes.
     pub fn event(&self, event: PageEvent<'_>, code: &CodePages, shared: &Sent) -> Result<()> {
+        if let Some(space) = self.open.get().filter(|space| self.unseen.contains(space)) {
+            return match event {
+                PageEvent::Close => self.close_unseen(space),
+                // of somebody else
+                _ => Ok(()),
+            };
+        }
         match event {
             PageEvent::Open { kind, id } => self.open.set(Some(Space { kind, id })),
             // there may be very many of these, and nothing below changes them
@@ -58,6 +83,32 @@ impl<'a> Listener<'a> {
         let open = self.open.get();
         let mut send = |event: PageEvent<'_>| self.sender.borrow_mut().pages(event);
         code.mend(open, event, &mut |event| shared.filter(open, event, &mut send))
+    }
+
+    /// Ends the image of a task that CRIU does not see, with what there really is.
+    fn close_unseen(&self, space: Space) -> Result<()> {
+        if let Some(existing) = self.existing.take() {
+            let all = existing.recv().context("nobody has looked which pages there are")?;
+            self.theirs.replace(all.context("looking which pages there are")?);
+        }
+        self.open.set(None);
+        let mut sender = self.sender.borrow_mut();
+        let theirs = self.theirs.borrow();
+        let existing = theirs.get(&space).with_context(|| format!("no task is known that has {space:?}"))?;
+        for run in existing.pages.iter() {
+            let pages = (run.end - run.start) / page_size() as u64;
+            sender.pages(PageEvent::Hole { vaddr: run.start, pages, flags: PE_PARENT })?;
+        }
+        self.listed.borrow_mut().insert(space, existing.pages.clone());
+        sender.pages(PageEvent::Close)
+    }
+
+    /// Puts the guard pages of these tasks into their images, which are complete.
+    pub fn add_guards(&self, images: &Path, criu: Version) -> Result<()> {
+        for (space, existing) in self.theirs.borrow().iter() {
+            mm_image::add_guards(images, space.id, &existing.guards, criu)?;
+        }
+        Ok(())
     }
 
     /// An object of shared memory that CRIU does not see, in the image that is open.
@@ -87,7 +138,7 @@ impl<'a> Listener<'a> {
 /// Addresses of a task whose pages cannot follow later: its stack is used at once, and the rest CRIU restores itself.
 pub(super) fn needed_at_restore(images: &Path, id: u64) -> Result<RangeSet> {
     let mappings = Mappings::read(images, id)?;
-    let all = RangeSet::from(0..u64::MAX);
+    let all = RangeSet::from(0..ADDRESSES);
     Ok(all.difference(&mappings.lazy()).union(&mappings.stacks()))
 }
 

@@ -28,7 +28,8 @@ use super::still::Still;
 use super::tmpfs::Tmpfs;
 use super::turn::Turn;
 use crate::criu::tar::staged::Table;
-use crate::criu::{DumpRequest, Listing, PageEvent, stdio};
+use crate::criu::{DumpRequest, ImageKind, Listing, PageEvent, stdio};
+use crate::memory::maps::{Mapping, mappings};
 use crate::memory::sets::encode_ranges;
 use crate::memory::tracker::{Found, Task, TrackerKind, tasks};
 use crate::memory::{RangeSet, Space};
@@ -108,7 +109,14 @@ pub(super) fn freeze(
     let at = items.now();
     let times = KeptTimes::of(&rootfs);
     let (objects, concealed) = mpsc::channel();
-    let listener = Listener::new(cx.link, objects);
+    let (list, existing) = mpsc::channel();
+    let unseen: Vec<Task> =
+        tasks.iter().filter(|task| worker.unseen().contains(&task.pid)).copied().collect();
+    let of = |task: &Task| Ok((*task, mappings(task.pid)?));
+    let unseen: Vec<(Task, Vec<Mapping>)> = unseen.iter().map(of).collect::<Result<_>>()?;
+    let spaces = unseen.iter().map(|(task, _)| Space { kind: ImageKind::Pid, id: task.vpid }).collect();
+    let criu = worker.version();
+    let listener = Listener::new(cx.link, objects, spaces, existing);
     let mut layer = Items::new(since);
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist
@@ -137,14 +145,18 @@ pub(super) fn freeze(
             .map(|(tmpfs, table)| scope.spawn(move || beside.tmpfs(tmpfs, table, pids)));
         let last = scope.spawn(move || beside.written_last(copier, tasks, known, !post_copy));
         let compared = scope.spawn(move || beside.shared(shared, concealed));
-        let mut threads = Some((last, staged, compared));
+        let unseen = &unseen;
+        let listed = scope.spawn(move || beside.existing(unseen, list));
+        let mut threads = Some((last, staged, compared, listed));
         // everything is known: what is missing goes over while CRIU leaves the tasks
         let mut on_images = || {
             listener.end();
-            let (last, staged, compared) = threads.take().context("CRIU dumps twice")?;
+            let (last, staged, compared, listed) = threads.take().context("CRIU dumps twice")?;
             let (found, copier) = rest.join("copying the last pages", last)?;
             let staged = staged.map_or(Ok(0), |staged| rest.join("copying tmpfs files", staged))?;
             rest.join("comparing shared memory", compared)?;
+            rest.join("listing pages", listed)?;
+            listener.add_guards(&images, criu)?;
             cx.begin(clock, "late pages");
             let at = rest.now();
             let left = Late { cx, images: &images, tasks, copier, post_copy }.send(listener.listed())?;
