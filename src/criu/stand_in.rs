@@ -107,7 +107,51 @@ fn anonymous(status: &str, pid: i32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::swrk::{Spawn, Swrk};
     use super::*;
+
+    /// Ended when dropped.
+    struct Process(Child);
+
+    impl Process {
+        fn start() -> Process {
+            Process(Command::new("sleep").arg("60").spawn().unwrap())
+        }
+
+        fn pid(&self) -> i32 {
+            self.0.id().cast_signed()
+        }
+    }
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn only_the_worker_sees_it() {
+        use std::os::unix::fs::PermissionsExt;
+        if !nix::unistd::geteuid().is_root() {
+            return println!("SKIPPED: needs root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("criu");
+        std::fs::write(&program, "#!/bin/sh\nexec sleep 60\n").unwrap();
+        std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+        let (task, other) = (Process::start(), Process::start());
+        let stand_in = StandIn { child: Command::new("sleep").arg("60").spawn().unwrap(), _stdin: None };
+        let gone = i32::MAX;
+        let proc = stand_in.mounts(&[task.pid(), gone]);
+        assert_eq!(proc.len(), 4);
+        let worker = Swrk::spawn(&program, &Spawn { proc, ..Spawn::default() }).unwrap();
+        let pids = [task.pid(), other.pid(), gone];
+        assert_eq!(stand_in.stands_for(worker.pid().as_raw(), &pids), [task.pid()]);
+        assert!(stand_in.stands_for(std::process::id().cast_signed(), &pids).is_empty(), "nobody else does");
+        nix::sys::signal::kill(worker.pid(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        worker.finish();
+    }
 
     #[test]
     fn the_largest_tasks_are_worth_it() {

@@ -132,6 +132,9 @@ impl RangeSet {
 
     /// Adds a range.
     pub fn insert(&mut self, add: Range<u64>) {
+        if self.appended(&add) {
+            return;
+        }
         let Some(pieces) = Pieces::of(&add) else { return };
         for (chunk, bits) in pieces.ends.into_iter().flatten() {
             if self.full_run(chunk).is_some() {
@@ -144,6 +147,22 @@ impl RangeSet {
             }
         }
         self.fill(pieces.whole);
+    }
+
+    /// The usual case, very often: one range after the other, most of them in the last chunk. False: nothing was done.
+    fn appended(&mut self, add: &Range<u64>) -> bool {
+        let (from, to) = (add.start / PAGE, add.end / PAGE);
+        let Some(mut last) = self.part.last_entry().filter(|_| from < to) else { return false };
+        let (chunk, word) = (*last.key(), (from % CHUNK / 64) as usize);
+        let same_word = from / CHUNK == chunk && from / 64 == (to - 1) / 64;
+        if same_word {
+            let bits = last.get_mut();
+            bits[word] |= !0 >> (63 - (to - 1) % 64) & !0 << (from % 64);
+            if *bits == ALL {
+                self.fill(chunk..chunk + 1);
+            }
+        }
+        same_word
     }
 
     /// Takes a range out.

@@ -25,7 +25,8 @@ pub fn known() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
         let me = std::process::id().cast_signed();
-        Pagemap::open(me).is_ok_and(|mut pagemap| pagemap.existing(0..1 << 16).is_ok())
+        let (mut all, mut guards) = (RangeSet::new(), RangeSet::new());
+        Pagemap::open(me).is_ok_and(|mut pagemap| pagemap.existing(0..1 << 16, &mut all, &mut guards).is_ok())
     })
 }
 
@@ -35,26 +36,25 @@ pub fn known() -> bool {
 /// The page tables cannot be read, or [`known`] is false.
 pub fn of(pid: i32, mappings: &[Mapping]) -> Result<Existing> {
     let mut pagemap = Pagemap::open(pid)?;
-    let (mut pages, mut guards) = (Vec::new(), Vec::new());
+    let Existing { mut pages, mut guards } = Existing::default();
     for m in mappings {
         let mut scan = || -> std::io::Result<()> {
             match class(m, shmem_device()) {
                 // CRIU wants all of them, whether they were touched or not
-                _ if m.name == "[vdso]" || m.name.starts_with("/[aio]") => pages.push(m.range.clone()),
-                Class::Private { .. } => {
-                    let (found, guard) = pagemap.existing(m)?;
-                    pages.extend(found.iter());
-                    guards.extend(guard.iter());
-                }
+                _ if m.name == "[vdso]" || m.name.starts_with("/[aio]") => pages.insert(m.range.clone()),
+                Class::Private { .. } => pagemap.existing(m, &mut pages, &mut guards)?,
                 // the kernel's own
                 Class::Skip if m.inode == 0 => {}
-                _ => guards.extend(pagemap.scan(m, Select::Guards, false)?.iter()),
+                _ => {
+                    let found = pagemap.scan(m, Select::Guards, false)?;
+                    found.iter().for_each(|run| guards.insert(run));
+                }
             }
             Ok(())
         };
         scan().with_context(|| format!("mapping {:x}-{:x} {}", m.range.start, m.range.end, m.name))?;
     }
-    Ok(Existing { pages: pages.into_iter().collect(), guards: guards.into_iter().collect() })
+    Ok(Existing { pages, guards })
 }
 
 #[cfg(test)]

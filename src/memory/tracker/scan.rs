@@ -142,16 +142,19 @@ impl Pagemap {
         Ok((all, stale))
     }
 
-    /// The pages that CRIU would dump of a private mapping, and the guard pages in it.
+    /// Adds the pages that CRIU would dump of a private mapping, and the guard pages in it.
     ///
     /// # Errors
     /// Also on kernels without PAGEMAP_SCAN.
-    pub fn existing(&mut self, area: impl Into<Area>) -> io::Result<(RangeSet, RangeSet)> {
-        let (mut all, mut guards) = (RangeSet::new(), RangeSet::new());
+    pub fn existing(
+        &mut self,
+        area: impl Into<Area>,
+        all: &mut RangeSet,
+        guards: &mut RangeSet,
+    ) -> io::Result<()> {
         self.each(area.into(), Select::Existing, false, |pages, categories| {
             if categories & GUARD == 0 { all.insert(pages) } else { guards.insert(pages) }
-        })?;
-        Ok((all, guards))
+        })
     }
 
     fn each(
