@@ -4,11 +4,15 @@
 //! still, and so a set is kept in chunks of 512 pages: of a chunk that is partly in it there is a bit for each page, neighbouring chunks that
 //! are wholly in it are one entry. Combining two sets takes a few words for each chunk, a change in the middle takes a search.
 
+mod walk;
+
 use std::collections::BTreeMap;
-use std::collections::btree_map::{self, Range as Entries};
+use std::collections::btree_map;
 use std::fmt;
-use std::iter::Peekable;
 use std::ops::Range;
+
+pub use walk::Runs;
+use walk::{Cells, Walk, last_page};
 
 /// Bytes of a page: sets are of these. The systems that we support have no others (see [`super::tracker`]).
 const PAGE: u64 = 4096;
@@ -93,7 +97,7 @@ impl RangeSet {
     /// The parts inside `window`, ascending.
     pub fn overlapping(&self, window: Range<u64>) -> Runs<'_> {
         let (at, end) = (window.start.div_ceil(PAGE), window.end / PAGE);
-        Runs { walk: Walk::new(self, at / CHUNK), cells: Cells::None, until: 0, at, end }
+        Runs::new(self, at, end)
     }
 
     /// From the first address inside `window` to the end of the last.
@@ -268,50 +272,6 @@ fn zip(a: &Bits, b: &Bits, of: impl Fn(u64, u64) -> u64) -> Bits {
     std::array::from_fn(|i| of(a[i], b[i]))
 }
 
-/// What of a chunk is in a set.
-#[derive(Clone, Copy)]
-enum Cells<'a> {
-    None,
-    All,
-    Some(&'a Bits),
-}
-
-impl Cells<'_> {
-    fn word(self, i: usize) -> u64 {
-        match self {
-            Cells::None => 0,
-            Cells::All => !0,
-            Cells::Some(bits) => bits[i],
-        }
-    }
-
-    fn has(self, page: u64) -> bool {
-        self.word((page / 64) as usize) >> (page % 64) & 1 == 1
-    }
-}
-
-/// The first page from this one on that is in it, or with `wanted` all ones the first that is not; [`CHUNK`] without.
-fn next_page(bits: &Bits, from: u64, wanted: u64) -> u64 {
-    let mut from = from;
-    while from < CHUNK {
-        let word = (bits[(from / 64) as usize] ^ wanted) >> (from % 64);
-        if word != 0 {
-            return from + u64::from(word.trailing_zeros());
-        }
-        from = (from / 64 + 1) * 64;
-    }
-    CHUNK
-}
-
-/// The last page up to this one that is in it, or with `wanted` all ones the last that is not.
-fn last_page(bits: &Bits, to: u64, wanted: u64) -> Option<u64> {
-    let mut below = !0 >> (63 - to % 64);
-    (0..=to / 64).rev().find_map(|i| {
-        let word = (bits[i as usize] ^ wanted) & std::mem::replace(&mut below, !0);
-        (word != 0).then(|| i * 64 + 63 - u64::from(word.leading_zeros()))
-    })
-}
-
 /// A range as chunks.
 struct Pieces {
     /// Its first and its last chunk, where that is not whole.
@@ -350,82 +310,6 @@ fn mask(from: u64, to: u64) -> Bits {
     })
 }
 
-/// What a set has, chunk after chunk.
-struct Walk<'a> {
-    full: Peekable<Entries<'a, u64, u64>>,
-    part: Peekable<Entries<'a, u64, Bits>>,
-}
-
-impl<'a> Walk<'a> {
-    fn new(set: &'a RangeSet, chunk: u64) -> Self {
-        let from = set.full_run(chunk).map_or(chunk, |run| run.start);
-        Walk { full: set.full.range(from..).peekable(), part: set.part.range(chunk..).peekable() }
-    }
-
-    /// What there is of this chunk, and up to which one it is the same. Chunks are asked for in ascending order.
-    fn at(&mut self, chunk: u64) -> (Cells<'a>, u64) {
-        while self.full.next_if(|(_, to)| **to <= chunk).is_some() {}
-        while self.part.next_if(|(at, _)| **at < chunk).is_some() {}
-        match (self.full.peek(), self.part.peek()) {
-            (Some((from, to)), _) if **from <= chunk => (Cells::All, **to),
-            (_, Some((at, bits))) if **at == chunk => (Cells::Some(bits), chunk + 1),
-            (full, part) => {
-                let next = |at: Option<u64>| at.unwrap_or(u64::MAX);
-                (Cells::None, next(full.map(|f| *f.0)).min(next(part.map(|p| *p.0))))
-            }
-        }
-    }
-}
-
-/// The ranges of a set within a window: see [`RangeSet::iter`].
-pub struct Runs<'a> {
-    walk: Walk<'a>,
-    /// What there is at `at`, up to the chunk `until`.
-    cells: Cells<'a>,
-    until: u64,
-    /// The next page, and the first that is of no interest.
-    at: u64,
-    end: u64,
-}
-
-impl Runs<'_> {
-    /// Goes on to the first page that is in the set, or with `wanted` all ones to the first that is not.
-    fn skip(&mut self, wanted: u64) {
-        while self.at < self.end {
-            let chunk = self.at / CHUNK;
-            if chunk >= self.until {
-                (self.cells, self.until) = self.walk.at(chunk);
-            }
-            let next = match self.cells {
-                Cells::Some(bits) => next_page(bits, self.at % CHUNK, wanted),
-                uniform if uniform.word(0) != wanted => return,
-                _ => {
-                    self.at = self.until.saturating_mul(CHUNK);
-                    continue;
-                }
-            };
-            self.at = chunk * CHUNK + next;
-            if next < CHUNK {
-                return;
-            }
-        }
-    }
-}
-
-impl Iterator for Runs<'_> {
-    type Item = Range<u64>;
-
-    fn next(&mut self) -> Option<Range<u64>> {
-        self.skip(0);
-        let start = self.at;
-        if start >= self.end {
-            return None;
-        }
-        self.skip(!0);
-        Some(start * PAGE..self.at.min(self.end) * PAGE)
-    }
-}
-
 impl From<Range<u64>> for RangeSet {
     fn from(one: Range<u64>) -> Self {
         Self::from_iter([one])
@@ -448,5 +332,4 @@ impl fmt::Debug for RangeSet {
 }
 
 #[cfg(test)]
-#[path = "range_tests.rs"]
 mod tests;
