@@ -17,7 +17,7 @@ use std::fs::metadata;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
 
@@ -34,9 +34,8 @@ const TASKS: usize = 16;
 
 /// A process that is there to be looked at. Dropping it ends it.
 pub(super) struct StandIn {
+    /// It waits for its stdin to be closed.
     child: Child,
-    /// It waits for this to be closed.
-    _stdin: Option<ChildStdin>,
 }
 
 impl StandIn {
@@ -45,8 +44,8 @@ impl StandIn {
         let mut command = Command::new(quick);
         command.arg(ARGUMENT).env_clear().current_dir("/");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        let mut child = command.spawn().with_context(|| format!("starting {}", quick.display()))?;
-        Ok(StandIn { _stdin: child.stdin.take(), child })
+        let child = command.spawn().with_context(|| format!("starting {}", quick.display()))?;
+        Ok(StandIn { child })
     }
 
     /// What is to be mounted where in a worker's `/proc`, for these tasks.
@@ -75,8 +74,7 @@ impl StandIn {
 
 impl Drop for StandIn {
     fn drop(&mut self) {
-        // somebody else may have reaped it (the shim's reaper)
-        let _ = self.child.kill();
+        // closes its stdin; somebody else may have reaped it (the shim's reaper)
         let _ = self.child.wait();
     }
 }
@@ -141,7 +139,8 @@ mod tests {
         std::fs::write(&program, "#!/bin/sh\nexec sleep 60\n").unwrap();
         std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
         let (task, other) = (Process::start(), Process::start());
-        let stand_in = StandIn { child: Command::new("sleep").arg("60").spawn().unwrap(), _stdin: None };
+        let waiting = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let stand_in = StandIn { child: waiting };
         let gone = i32::MAX;
         let proc = stand_in.mounts(&[task.pid(), gone]);
         assert_eq!(proc.len(), 4);

@@ -5,6 +5,8 @@
 //! - `action`: every stage of a restore is passed at once, but for the first call at `post-restore`, where somebody has to be asked;
 //! - `tar`: the archive of an empty directory ([`transship::criu::tar::empty`]) is made and taken.
 //!
+//! With the argument `stand-in` alone it is a process with a handful of pages that waits to be ended ([`transship::criu::stand_in`]).
+//!
 //! Everything else, and everything that fails, is the full program's, which it becomes: `DIR/NAME` ([`transship::criu::gate`]), with the
 //! same arguments. So it needs no error messages but one.
 //!

@@ -14,6 +14,7 @@ use crate::traffic;
 pub const ALL: &[Scenario] = &[
     Scenario { name: "live_mappings", needs: Needs::Migration, run: mappings },
     Scenario { name: "live_content", needs: Needs::Migration, run: content },
+    Scenario { name: "live_guards", needs: Needs::Migration, run: guards },
     Scenario { name: "live_processes", needs: Needs::Migration, run: processes },
     Scenario { name: "live_shared_memory", needs: Needs::Migration, run: shared },
     Scenario { name: "live_everything", needs: Needs::Migration, run: everything },
@@ -34,6 +35,11 @@ fn mappings(bed: &Bed) -> Result<()> {
 
 fn content(bed: &Bed) -> Result<()> {
     each(bed, "writes,madvise,file-private,thp,jit,stack", 1)
+}
+
+/// In memory that CRIU does not see, so that they are ours to put into its images.
+fn guards(bed: &Bed) -> Result<()> {
+    each(bed, "guards", 0)
 }
 
 fn processes(bed: &Bed) -> Result<()> {

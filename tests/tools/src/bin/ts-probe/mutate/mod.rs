@@ -16,6 +16,7 @@ mod control;
 mod exec;
 mod family;
 mod files;
+mod guards;
 mod huge;
 mod jit;
 mod maps;
@@ -37,7 +38,7 @@ use worker::{Behaviour, Link, Setup};
 pub use control::ask;
 
 /// Every behaviour.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 21] = [
     "writes",
     "mmap",
     "replace",
@@ -58,6 +59,7 @@ pub const NAMES: [&str; 20] = [
     "thp",
     "jit",
     "files",
+    "guards",
 ];
 
 fn make(setup: &Setup) -> Checked<Box<dyn Behaviour>> {
@@ -82,6 +84,7 @@ fn make(setup: &Setup) -> Checked<Box<dyn Behaviour>> {
         "thp" => Box::new(huge::Huge::new(setup)?),
         "jit" => Box::new(jit::Jit::new(setup)?),
         "files" => Box::new(files::Files::new(setup)?),
+        "guards" => Box::new(guards::Guards::new(setup)?),
         other => return Err(format!("no behaviour {other:?}")),
     })
 }
