@@ -1,17 +1,23 @@
-//! Guard pages (MADV_GUARD_INSTALL, Linux 6.13) that come and go in memory that is used: whoever touches one is refused. There is enough
+//! Guard pages (MADV_GUARD_INSTALL, Linux 6.13) that come and go between pages that are used: whoever touches one is refused. There is enough
 //! memory that CRIU is not shown it. On kernels without them it is memory like any other.
 //!
-//! What is there when one has gone is written anew, not looked at: it should be zero, but the kernel tells a userfaultfd of MADV_DONTNEED
-//! and not of this, so that what waits for the page still comes if the guard was there for less time than that takes.
+//! They are where nothing was ever written. A userfaultfd hears nothing of guard pages, and fills one like an empty place
+//! (`pte_none_mostly`, mm/userfaultfd.c): what waits for such a page while memory still follows would come all the same.
 
 use std::ops::Range;
 
 use super::book::{Book, Checked, Random, advise, failed};
 use super::worker::{Behaviour, Setup};
 
-const PAGES: usize = 20 << 8;
+const PAGES: usize = 40 << 8;
+/// So many pages in turn are used and left alone.
+const BLOCK: usize = 32;
 const MADV_GUARD_INSTALL: i32 = 102;
 const MADV_GUARD_REMOVE: i32 = 103;
+
+fn used(page: usize) -> bool {
+    (page / BLOCK).is_multiple_of(2)
+}
 
 pub struct Guards {
     memory: Book,
@@ -25,27 +31,18 @@ pub struct Guards {
 impl Guards {
     pub fn new(setup: &Setup) -> Checked<Guards> {
         let mut memory = Book::private(PAGES, setup.salt)?;
-        for page in 0..PAGES {
+        for page in (0..PAGES).filter(|page| used(*page)) {
             memory.write(page)?;
         }
-        let known = advise(memory.place(1), 1, MADV_GUARD_INSTALL).is_ok();
-        if known {
-            memory.zeroed(1..2);
-        }
+        let known = advise(memory.place(BLOCK), 1, MADV_GUARD_INSTALL).is_ok();
         let mut pipe = [0; 2];
         // SAFETY: a place for two descriptors.
         if unsafe { libc::pipe(pipe.as_mut_ptr()) } < 0 {
             return failed("pipe");
         }
         let mut guarded = vec![false; PAGES];
-        guarded[1] = known;
+        guarded[BLOCK] = known;
         Ok(Guards { memory, guarded, known, pipe, rng: Random::new(setup.salt) })
-    }
-
-    /// The first page is always there to be looked at.
-    fn some(&mut self) -> Range<usize> {
-        let some = self.rng.range(PAGES, 16);
-        some.start.max(1)..some.end.max(1)
     }
 
     fn refused(&self, page: usize) -> bool {
@@ -72,26 +69,21 @@ impl Guards {
 
 impl Behaviour for Guards {
     fn step(&mut self) -> Checked {
-        let some = self.some();
-        match self.rng.below(4) {
-            0 if self.known => {
-                advise(self.memory.place(some.start), some.len(), MADV_GUARD_INSTALL)?;
-                self.memory.zeroed(some.clone());
-                self.guarded[some].fill(true);
+        let Range { start, end } = self.rng.range(PAGES, BLOCK);
+        // within a block
+        let some = start..end.min((start / BLOCK + 1) * BLOCK);
+        if used(start) {
+            for page in some {
+                self.memory.write(page)?;
             }
-            1 if self.known => {
-                advise(self.memory.place(some.start), some.len(), MADV_GUARD_REMOVE)?;
-                some.clone().for_each(|page| self.memory.write_unseen(page));
-                self.guarded[some].fill(false);
-            }
-            _ => {
-                for page in some {
-                    self.check(page)?;
-                    if !self.guarded[page] {
-                        self.memory.write(page)?;
-                    }
-                }
-            }
+            return Ok(());
+        }
+        some.clone().try_for_each(|page| self.check(page))?;
+        if self.known {
+            let guard = self.rng.below(2) == 0;
+            let advice = if guard { MADV_GUARD_INSTALL } else { MADV_GUARD_REMOVE };
+            advise(self.memory.place(start), some.len(), advice)?;
+            self.guarded[some].fill(guard);
         }
         Ok(())
     }
