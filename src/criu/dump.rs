@@ -122,7 +122,7 @@ pub struct PreparedDump {
     questions: Option<Questions>,
     unseen: Vec<i32>,
     /// Who is seen instead.
-    _stand_in: Option<StandIn>,
+    stand_in: Option<StandIn>,
 }
 
 /// What a worker of [`MemoryMode::Parent`] stands on.
@@ -183,11 +183,10 @@ impl Criu {
             }
         };
         let stand_in = how.unseen.and_then(|(quick, pids)| {
-            let started = StandIn::start(quick);
-            let started = started.inspect_err(|e| ::log::info!("CRIU looks at all memory: {e:#}"));
-            Some((started.ok()?, pids))
+            let started = StandIn::start(quick, pids);
+            started.inspect_err(|e| ::log::info!("CRIU looks at all memory: {e:#}")).ok()
         });
-        let proc = stand_in.as_ref().map(|(stand_in, pids)| stand_in.mounts(pids)).unwrap_or_default();
+        let proc = stand_in.as_ref().map(StandIn::mounts).unwrap_or_default();
         let (ours, asked) = UnixStream::pair().context("making a socket pair for CRIU's questions")?;
         let spawn = |conceal: bool| {
             let spawn = Spawn {
@@ -198,7 +197,7 @@ impl Criu {
                     Memory::Kdat(copy, _) => Run::Kdat(copy.path()),
                     _ => Run::Shared,
                 },
-                proc: proc.clone(),
+                proc: &proc,
                 questions: conceal.then_some(asked.as_fd()),
                 ..Spawn::default()
             };
@@ -213,23 +212,15 @@ impl Criu {
             None => (spawn(false)?, None),
         };
         let pages_fd = theirs.as_raw_fd();
-        let (stand_in, unseen) = match stand_in {
-            Some((stand_in, pids)) => {
-                let unseen = stand_in.stands_for(worker.pid().as_raw(), pids);
-                (Some(stand_in), unseen)
+        let stands_for = |stand_in: &StandIn| stand_in.stands_for(worker.pid().as_raw());
+        let unseen = match stand_in.as_ref().map(stands_for).transpose() {
+            Ok(unseen) => unseen.unwrap_or_default(),
+            Err(e) => {
+                ::log::info!("CRIU looks at all memory: {e:#}");
+                return self.prepare_dump(&Worker { unseen: None, ..*how });
             }
-            None => (None, Vec::new()),
         };
-        Ok(PreparedDump {
-            criu: self.clone(),
-            worker,
-            pages,
-            pages_fd,
-            memory,
-            questions,
-            unseen,
-            _stand_in: stand_in,
-        })
+        Ok(PreparedDump { criu: self.clone(), worker, pages, pages_fd, memory, questions, unseen, stand_in })
     }
 
     /// Starts CRIU and dumps everything: see [`PreparedDump::dump`].
@@ -273,7 +264,7 @@ impl PreparedDump {
     /// is told to fail, it takes its traces out of the tasks, and then the caller's error is returned.
     pub fn dump(self, request: &mut DumpRequest<'_>, on_pages: &mut PageSink<'_>) -> Result<DumpStats> {
         let begun = Instant::now();
-        let Self { criu, worker, mut pages, pages_fd, memory, mut questions, unseen: _, _stand_in } = self;
+        let Self { criu, worker, mut pages, pages_fd, memory, mut questions, unseen: _, stand_in } = self;
         super::stdio::write(request.images_dir, request.descriptors)?;
         let open = |dir: &Path| File::open(dir).with_context(|| format!("opening {}", dir.display()));
         let (images, work) = (open(request.images_dir)?, open(request.work_dir)?);
@@ -307,6 +298,9 @@ impl PreparedDump {
                 "another CRIU has removed {} meanwhile",
                 super::kdat::PATH
             ),
+        }
+        if let Some(stand_in) = &stand_in {
+            stand_in.describe()?;
         }
         worker.send(&CriuReq::with_opts(ReqType::Dump, opts))?;
         let mut stats = DumpStats::default();

@@ -40,7 +40,7 @@ pub struct Spawn<'a> {
     pub run: Run<'a>,
     /// What it sees in `/proc` instead of what is there: (file, on which file). One that cannot be mounted is left out. Not empty, it gives
     /// the worker a mount namespace of its own, as [`Run`] does.
-    pub proc: Vec<(CString, CString)>,
+    pub proc: &'a [(CString, CString)],
     /// Where [`super::conceal`] is to send the worker's questions.
     pub questions: Option<BorrowedFd<'a>>,
     /// More environment.
@@ -97,7 +97,7 @@ impl Swrk {
                 CString::new(file.as_os_str().as_bytes()).context("a path with a zero byte")?,
             )),
         };
-        let mounts = Mounts { run: over_run, proc: how.proc.clone() };
+        let mounts = Mounts { run: over_run, proc: how.proc.to_vec() };
         crate::private::under_private_umask(&mut command);
         // SAFETY: between fork and exec only async-signal-safe system calls are made: fcntl, setns, write, unshare, mount, seccomp and sendmsg, on
         // numbers and strings that were prepared above; nothing allocates.

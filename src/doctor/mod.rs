@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`kernel`] | version, system calls and namespaces that CRIU and we need, TCP repair |
 //! | [`overlay`] | overlayfs and its whiteouts |
-//! | [`tracker`] | how dirty memory can be tracked: `uffd-wp`, `soft-dirty` or by comparing |
+//! | [`tracker`] | how dirty memory can be tracked: `uffd-wp`, `soft-dirty` or by comparing; how mappings are read |
 //! | [`capabilities`] | CAP_* of this process |
 //! | [`cgroup`] | version and freezer |
 //! | [`containerd`] | socket, version, the shim on its PATH, the runtime handler in its configuration |
@@ -112,6 +112,7 @@ pub fn examine(options: &Options, mut during: impl FnMut(&'static str)) -> Vec<F
     let mut all = kernel::verdict(&kernel::gather());
     all.push(overlay::verdict(&overlay::gather()));
     all.push(tracker::verdict(&tracker::gather()));
+    all.push(tracker::mappings(tracker::spared()));
     all.extend(capabilities::verdict(&caps));
     during("cgroup");
     let cgroup = cgroup::gather();

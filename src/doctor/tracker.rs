@@ -1,8 +1,9 @@
-//! Which way this kernel can tell dirty memory from clean. The trackers and their trials live in [`crate::memory::tracker`]; this
-//! names the one that this node would use, and why not a better one.
+//! Which way this kernel can tell dirty memory from clean, and whether it can tell mappings without counting their pages. The trackers
+//! and their trials live in [`crate::memory::tracker`], mappings in [`crate::memory::smaps`]; this names what this node would use, and why
+//! not something better.
 
 use super::Finding;
-use crate::memory::tracker;
+use crate::memory::{smaps, tracker};
 
 /// What [`gather`] saw: for each tracker whether the trial worked, or where it failed.
 #[derive(Clone, Debug)]
@@ -45,6 +46,23 @@ pub fn verdict(facts: &Facts) -> Finding {
     }
 }
 
+/// Whether CRIU can be spared looking at all memory, or why not.
+pub fn spared() -> Result<(), &'static str> {
+    if tracker::existing::known() { smaps::brief() } else { Err("no PAGEMAP_SCAN") }
+}
+
+/// Never a failure: then the freeze takes longer.
+pub fn mappings(spared: Result<(), &str>) -> Finding {
+    match spared {
+        Ok(()) => Finding::ok("mappings", "read without counting their pages (BPF)"),
+        Err(e) => Finding::warn(
+            "mappings",
+            format!("read with their pages counted ({e})"),
+            "each GiB of a task makes its freeze at least 12 ms longer: Linux 6.7 with CONFIG_DEBUG_INFO_BTF is advised",
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,5 +80,12 @@ mod tests {
         assert_eq!(choice(&facts(false, false)), tracker::TrackerKind::Hash);
         assert_eq!(verdict(&facts(false, false)).level, Level::Warn);
         assert_eq!(verdict(&facts(true, false)).level, Level::Ok);
+    }
+
+    #[test]
+    fn slower_freezes_are_announced() {
+        assert_eq!(mappings(Ok(())).level, Level::Ok);
+        let finding = mappings(Err("no BTF"));
+        assert_eq!((finding.level, finding.found.contains("no BTF")), (Level::Warn, true));
     }
 }

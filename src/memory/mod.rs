@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`range`] | sets of pages |
 //! | [`maps`] | a task's mappings, from /proc |
+//! | [`smaps`] | their flags, without looking at their pages |
 //! | [`inject`] | one system call inside a running task (ptrace) |
 //! | [`tracker`] | which pages were written since the last look: userfaultfd write protection, soft-dirty, hashes |
 //! | [`read`] | pages of a running or frozen task, zero pages found |
@@ -30,6 +31,7 @@ pub mod range;
 pub mod rate;
 pub mod read;
 pub mod sets;
+pub mod smaps;
 pub mod store;
 pub mod tracker;
 
