@@ -159,6 +159,15 @@ impl Planner {
         }
     }
 
+    /// Takes pages without bytes of the memory that is open, many at once.
+    pub fn exist(&mut self, set: &RangeSet) -> Result<()> {
+        let Some(span) = set.span(0..u64::MAX) else { return Ok(()) };
+        self.runs += set.weight();
+        let image = self.current(span.start, span.end - span.start)?;
+        image.holes = image.holes.union(set);
+        Ok(())
+    }
+
     fn open(&mut self, space: Space) -> Result<()> {
         ensure!(!self.open, "a memory image begins inside another");
         ensure!(self.images.len() < IMAGES_CAP, "more than {IMAGES_CAP} memory images");

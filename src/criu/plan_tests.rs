@@ -207,3 +207,26 @@ fn pieces_of_a_mapping_that_come_later_are_one_entry() {
     assert_eq!(runs, [(2, 11, 2), (13, 1, 4), (14, 3, 2), (21, 1, 4), (24, 1, 4)]);
     assert_eq!(bytes, [13, 21, 24]);
 }
+
+#[test]
+fn a_set_of_pages_is_as_good_as_its_runs() {
+    let plan = |say: &dyn Fn(&mut Planner)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut planner = planner(dir.path(), 0, 2);
+        say(&mut planner);
+        planner.finish(&store(TASK, &[(1, 5), (21, 23)], &[]), &[], &[]).unwrap()
+    };
+    let open = PageEvent::Open { kind: TASK.kind, id: TASK.id };
+    let runs = plan(&|planner| holes(planner, TASK, &[(1, 5), (21, 23)]));
+    let sets = plan(&|planner| {
+        planner.event(open).unwrap();
+        planner.exist(&RangeSet::new()).unwrap();
+        planner.exist(&set(&[(1, 5)])).unwrap();
+        assert!(planner.exist(&set(&[(4, 5), (21, 22)])).is_err(), "ascending");
+        planner.exist(&set(&[(21, 23)])).unwrap();
+        planner.event(PageEvent::Close).unwrap();
+        assert!(planner.exist(&set(&[(30, 31)])).is_err(), "outside of an image");
+    });
+    assert_eq!(runs, sets);
+    assert!(runs.lazy_bytes > 0);
+}

@@ -1,18 +1,20 @@
-//! Spaces and sets of ranges as raw frames: `MemoryWant`, `RemotePages`, `HotPages` of [`crate::migrate::codec`].
+//! Spaces and sets of ranges as raw frames: `MemoryWant`, `RemotePages`, `HotPages`, `PagesExist` of [`crate::migrate::codec`].
 //!
 //! ```text
 //! MemoryWant               kind u8 (1 process, 2 shared memory), id u64, start u64, end u64
 //! RemotePages, HotPages    kind u8, id u64, then (start u64, end u64)*
+//! PagesExist               (first chunk u64, the one behind the last u64, bits 8 * u64)*      chunks of 512 pages
 //! ```
 //!
-//! Little-endian; ranges are half-open, whole pages, ascending and apart. Pages themselves are [`super::batch`]'s.
+//! Little-endian; ranges are half-open, whole pages, ascending and apart. A set of a GiB in very many pieces is 40 KiB of chunks
+//! and may be megabytes of ranges. Pages themselves are [`super::batch`]'s.
 
 use std::ops::Range;
 
 use anyhow::{Result, bail, ensure};
 
 use super::Space;
-use super::range::RangeSet;
+use super::range::{Chunk, RangeSet};
 use crate::criu::ImageKind;
 use crate::criu::page_server::page_size;
 use crate::migrate::codec::MAX_DATA;
@@ -102,6 +104,40 @@ pub fn decode_ranges(payload: &[u8]) -> Result<(Space, RangeSet)> {
     Ok((decode_space(space)?, set))
 }
 
+/// Bytes of a chunk in a `PagesExist` frame.
+const CHUNK_LEN: usize = 80;
+/// Chunks in one such frame, at most.
+const MAX_CHUNKS: usize = MAX_DATA / CHUNK_LEN;
+
+/// The payloads of as many `PagesExist` frames as the set needs (none if it is empty).
+pub fn encode_bits(set: &RangeSet) -> Vec<Vec<u8>> {
+    let mut frames: Vec<Vec<u8>> = Vec::new();
+    for (n, Chunk { at, bits }) in set.chunks().enumerate() {
+        if n % MAX_CHUNKS == 0 {
+            frames.push(Vec::new());
+        }
+        let words = [at.start, at.end].into_iter().chain(bits);
+        frames.last_mut().expect("never empty").extend(words.flat_map(u64::to_le_bytes));
+    }
+    frames
+}
+
+/// One such payload; the frames of a memory are united by the caller.
+///
+/// # Errors
+/// A chunk has no page or is not behind the one before it.
+pub fn decode_bits(payload: &[u8]) -> Result<RangeSet> {
+    let (chunks, rest) = payload.as_chunks::<CHUNK_LEN>();
+    ensure!(rest.is_empty() && !chunks.is_empty(), "a PagesExist frame of {} bytes", payload.len());
+    let mut set = RangeSet::new();
+    for chunk in chunks {
+        let word = |n: usize| u64::from_le_bytes(*chunk[8 * n..].first_chunk().expect("ten words"));
+        let chunk = Chunk { at: word(0)..word(1), bits: std::array::from_fn(|n| word(2 + n)) };
+        ensure!(set.append(chunk.clone()), "no chunk of pages, or one out of order: {chunk:x?}");
+    }
+    Ok(set)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +162,50 @@ mod tests {
         }
         let want = encode_want(SPACE, &(page..4 * page));
         assert_eq!(decode_want(&want).unwrap(), (SPACE, page..4 * page));
+    }
+
+    #[test]
+    fn sets_of_any_size_arrive_as_bits() {
+        let page = page_size() as u64;
+        let chunk = 512 * page;
+        let every_other = |n: u64| (0..n).map(move |i| 2 * i * chunk + page..2 * i * chunk + 3 * page);
+        let many = MAX_CHUNKS as u64;
+        for (set, frames) in [
+            (RangeSet::new(), 0),
+            ([page..2 * page, 3 * chunk..9 * chunk, 9 * chunk..9 * chunk + page].into_iter().collect(), 1),
+            (every_other(many).collect(), 1),
+            (every_other(many + 1).collect(), 2),
+        ] {
+            let encoded = encode_bits(&set);
+            assert_eq!(encoded.len(), frames);
+            assert!(encoded.iter().all(|frame| frame.len() <= MAX_DATA));
+            let decoded = encoded.iter().map(|frame| decode_bits(frame).unwrap());
+            assert_eq!(decoded.fold(RangeSet::new(), |all, part| all.union(&part)), set);
+        }
+    }
+
+    #[test]
+    fn what_are_no_bits_is_refused() {
+        let frame = |chunks: &[(u64, u64, u64)]| -> Vec<u8> {
+            let words = |(a, b, bits): &(u64, u64, u64)| [&[*a, *b][..], &[*bits; 8]].concat();
+            chunks.iter().flat_map(words).flat_map(u64::to_le_bytes).collect()
+        };
+        assert!(decode_bits(&frame(&[(1, 2, 1), (2, 5, !0), (7, 8, 6)])).is_ok());
+        for bad in [
+            frame(&[(1, 2, 0)]),
+            frame(&[(2, 2, !0)]),
+            frame(&[(2, 1, !0)]),
+            frame(&[(1, 3, 1)]),
+            frame(&[(1, 2, 1), (1, 2, 2)]),
+            frame(&[(1, 4, !0), (3, 4, 2)]),
+            frame(&[(5, 6, 1), (1, 4, !0)]),
+            frame(&[(1, u64::MAX, !0)]),
+            frame(&[(u64::MAX - 1, u64::MAX, 1)]),
+            frame(&[(1, 2, 1)])[..79].to_vec(),
+            vec![],
+        ] {
+            assert!(decode_bits(&bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -129,8 +129,7 @@ impl Store {
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&held.file, how, span.start as i64, (span.end - span.start) as i64)
             .context("giving pages back")?;
-        let gone = held.data.overlapping(span.clone()).map(|r| r.end - r.start).sum();
-        held.data.remove(span);
+        let gone = held.data.remove(span);
         self.bytes -= gone;
         Ok(gone)
     }

@@ -79,6 +79,8 @@ pub enum Kind {
     Staged = 35,
     /// Raw: packets that came to the frozen container ([`super::backlog`]); skippable.
     Backlog = 36,
+    /// Raw: pages of the memory opened last without content here, as bits ([`crate::memory::sets`]); protocol 4.
+    PagesExist = 37,
     /// JSON: stdio that was queued at the freeze (opaque to this crate, the shim's `Carry`).
     Stdio = 40,
     /// JSON [`super::protocol::Final`]: everything was sent.
@@ -97,7 +99,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind, for decoding and for tests.
-    pub const ALL: [Kind; 30] = [
+    pub const ALL: [Kind; 31] = [
         Kind::Hello,
         Kind::Welcome,
         Kind::Manifest,
@@ -121,6 +123,7 @@ impl Kind {
         Kind::HotPages,
         Kind::Staged,
         Kind::Backlog,
+        Kind::PagesExist,
         Kind::Stdio,
         Kind::Final,
         Kind::Restored,
@@ -139,7 +142,8 @@ impl Kind {
     pub const fn cap(self) -> usize {
         match self {
             Kind::FileData | Kind::Pages | Kind::LayerData | Kind::LayerEntry => MAX_DATA,
-            Kind::RemotePages | Kind::HotPages | Kind::Staged | Kind::Backlog => MAX_DATA,
+            Kind::RemotePages | Kind::HotPages | Kind::PagesExist => MAX_DATA,
+            Kind::Staged | Kind::Backlog => MAX_DATA,
             Kind::Memory => MAX_MEMORY,
             Kind::Stdio => MAX_CONTROL,
             Kind::Manifest => MAX_CONTROL,

@@ -16,7 +16,9 @@ use crate::criu::{ImageKind, page_server::PE_PRESENT, page_server::page_size};
 use crate::fuzz::{Input, json};
 use crate::memory::batch::{self, Builder};
 use crate::memory::read::Chunk;
-use crate::memory::sets::{MAX_RANGES, decode_ranges, decode_want, encode_ranges, encode_want};
+use crate::memory::sets::{
+    MAX_RANGES, decode_bits, decode_ranges, decode_want, encode_bits, encode_ranges, encode_want,
+};
 use crate::memory::{RangeSet, Space};
 use crate::net::{Packet, backlog::Offload};
 use crate::policy::Policy;
@@ -93,6 +95,7 @@ fn samples() -> Vec<(Kind, Vec<u8>)> {
         (Kind::PagesOpen, [&[1][..], &1u64.to_le_bytes()].concat()),
         (Kind::Pages, pages),
         (Kind::PagesHole, [&hole[..], &1u32.to_le_bytes()].concat()),
+        (Kind::PagesExist, encode_bits(&set).remove(0)),
         (Kind::PagesClose, Vec::new()),
         (Kind::RemotePages, encode_ranges(space, &set).remove(0)),
         (Kind::HotPages, encode_ranges(space, &set).remove(0)),
@@ -186,6 +189,13 @@ pub mod migrate_frames {
                     && set.len() <= MAX_RANGES
                 {
                     assert_eq!(encode_ranges(space, &set), [payload]);
+                }
+            }
+            Kind::PagesExist => {
+                if let Ok(set) = decode_bits(payload) {
+                    let frames = encode_bits(&set);
+                    let again = frames.iter().map(|part| decode_bits(part).expect("a set"));
+                    assert_eq!(again.fold(RangeSet::new(), |all, part| all.union(&part)), set);
                 }
             }
             Kind::Staged => {

@@ -10,7 +10,7 @@
 //!   Prepare                            ->      root mounted, runc restore started, held in front of CRIU
 //!                                      <-      Ready
 //!   FREEZE   cgroup frozen, netns fenced, output drained
-//!   Frozen, PagesHole*                 ->      CRIU's list of the pages that exist
+//!   Frozen, PagesHole*, PagesExist*    ->      the list of the pages that exist
 //!   Memory, Layer, Staged, Files, Stdio ->     what was written last; metadata images
 //!   RemotePages, HotPages, Final       ->      images planned; CRIU restores; tasks complete, held at the gate
 //!                                      <-      Restored | Failed (the source thaws)
@@ -20,7 +20,7 @@
 //!   MemoryDone                         <->     MemoryDone (every page is in its place)
 //! ```
 //!
-//! With a peer of protocol 2 tmpfs files come in the freeze, among CRIU's images. A peer of protocol 1, a CRIU that cannot leave memory alone, and a checkpoint file get everything in one copy in the freeze.
+//! With a peer of protocol 3 that list comes run by run. With a peer of protocol 2 tmpfs files come in the freeze, among CRIU's images. A peer of protocol 1, a CRIU that cannot leave memory alone, and a checkpoint file get everything in one copy in the freeze.
 //!
 //! The guarantee: before `Commit` is sent every failure leaves the source running as before; after it the source
 //! never runs again unless the destination has said that it aborted, or has killed what it could not complete.

@@ -8,11 +8,13 @@ use serde::{Deserialize, Serialize};
 use super::shown;
 
 /// The newest protocol that this build speaks.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// The first protocol in which memory travels while the container runs.
 pub const LIVE: u32 = 2;
 /// The first one in which the content of tmpfs files does so as well.
 pub const TMPFS: u32 = 3;
+/// The first one in which a long list of pages is sent as bits.
+pub const BITS: u32 = 4;
 /// The format of a checkpoint file: the newest protocol that changed what is in one.
 pub const FORMAT: u32 = 2;
 /// The oldest protocol that this build still speaks.

@@ -32,7 +32,7 @@ use super::postcopy;
 use super::precopy;
 use super::prepared::Prepared;
 use super::protocol::{
-    Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, TMPFS, VERSION, Welcome,
+    BITS, Commit, Failure, Filled, Hello, LIVE, Manifest, OLDEST, Restored, Running, TMPFS, VERSION, Welcome,
 };
 use super::remains::Remains;
 use super::report::{Clock, PostCopy, Report, Side, millis};
@@ -185,7 +185,8 @@ fn send_live(
         false => None,
     };
     let ahead = precopy::run(cx, &prepared, &mut copier, &mut layers, tmpfs.as_mut(), clock)?;
-    let mut moving = Moving { copier: &mut copier, layers: &mut layers, tmpfs: tmpfs.as_mut() };
+    let (layers, tmpfs, bits) = (&mut layers, tmpfs.as_mut(), version >= BITS);
+    let mut moving = Moving { copier: &mut copier, layers, tmpfs, bits };
     let stopped = live::freeze(cx, task, prepared, ahead, &mut moving, clock)?;
     let live::Stopped { still, turn, tasks, report, left } = stopped;
     let mut left = Remains::new(&left);

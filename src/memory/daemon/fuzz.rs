@@ -111,7 +111,7 @@ pub mod lazy_pages {
         let mut set = RangeSet::new();
         let first = input.number();
         (0..PAGES).filter(|n| first >> n & 1 == 1).for_each(|n| set.insert(bytes(&(n..n + 1))));
-        let mut pieces = Pieces::new(&set);
+        let mut pieces = Pieces::new(set.clone());
         let mut model: Vec<Option<u64>> = (0..2 * PAGES).map(|n| set.contains(n * P).then_some(n)).collect();
         while !input.is_empty() {
             let (what, a, b, c) = (input.byte(), input.byte(), input.byte(), input.byte());

@@ -1,5 +1,8 @@
-//! Which addresses of a task still wait for which pages: an interval map from where the memory is now to where it was when the
-//! images were written. The two differ after mremap. Pure.
+//! Which addresses of a task still wait for which pages: from where the memory is now to where it was when the images were written.
+//! The two differ after mremap. Pure.
+//!
+//! A restored task waits while the first of these is made. What was not moved is a plain set of pages therefore ([`RangeSet`]), which is
+//! there already: it is all of it then, and nearly all later.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,24 +36,22 @@ impl Piece {
 /// The waiting pages of one task.
 #[derive(Clone, Debug, Default)]
 pub struct Pieces {
-    /// start -> (end, address in the space); disjoint.
-    map: BTreeMap<u64, (u64, u64)>,
+    /// What waits where it was: the address in the task is that in the space.
+    still: RangeSet,
+    /// What was moved, by where it is now: start -> (end, address in the space). Disjoint, and nothing of it is in `still`.
+    moved: BTreeMap<u64, (u64, u64)>,
     bytes: u64,
-    /// Has anything been moved? If not, an address in the space is the address in the task.
-    moved: bool,
 }
 
 impl Pieces {
     /// Pages that wait where they were.
-    pub fn new(set: &RangeSet) -> Self {
-        // at once: the tasks wait meanwhile, and there may be very many
-        let map = set.iter().map(|r| (r.start, (r.end, r.start))).collect();
-        Self { map, bytes: set.bytes(), moved: false }
+    pub fn new(set: RangeSet) -> Self {
+        Self { bytes: set.bytes(), still: set, moved: BTreeMap::new() }
     }
 
     /// Nothing waits?
     pub fn is_empty(&self) -> bool {
-        self.map.is_empty()
+        self.bytes == 0
     }
 
     /// How many bytes wait.
@@ -64,36 +65,59 @@ impl Pieces {
             return;
         }
         self.remove(piece.start..piece.end);
-        self.moved |= piece.start != piece.image;
         self.bytes += piece.end - piece.start;
-        self.map.insert(piece.start, (piece.end, piece.image));
+        if piece.start == piece.image {
+            self.still.insert(piece.images());
+        } else {
+            self.moved.insert(piece.start, (piece.end, piece.image));
+        }
     }
 
-    fn piece((start, &(end, image)): (&u64, &(u64, u64))) -> Piece {
+    fn still(run: Range<u64>) -> Piece {
+        Piece { start: run.start, end: run.end, image: run.start }
+    }
+
+    fn moved((start, &(end, image)): (&u64, &(u64, u64))) -> Piece {
         Piece { start: *start, end, image }
+    }
+
+    /// The piece that was moved to where an address is.
+    fn moved_at(&self, address: u64) -> Option<Piece> {
+        self.moved.range(..=address).next_back().map(Self::moved).filter(|p| p.end > address)
     }
 
     /// The piece that an address is in.
     pub fn at(&self, address: u64) -> Option<Piece> {
-        self.map.range(..=address).next_back().map(Self::piece).filter(|p| p.end > address)
+        self.moved_at(address).or_else(|| self.still.run_at(address).map(Self::still))
+    }
+
+    /// All that waits in a range of the task's addresses, ascending.
+    fn ascending(&self, window: Range<u64>) -> impl Iterator<Item = Piece> {
+        let first = self.moved_at(window.start).map_or(window.start, |p| p.start);
+        // a range must not end before it begins
+        let moved = self.moved.range(first..window.end.max(first));
+        let mut still = self.still.overlapping(window.clone()).map(Self::still).peekable();
+        let mut moved = moved.map(Self::moved).map(move |p| p.clip(&window)).peekable();
+        std::iter::from_fn(move || match (still.peek(), moved.peek()) {
+            (Some(s), Some(m)) if m.start < s.start => moved.next(),
+            (None, _) => moved.next(),
+            _ => still.next(),
+        })
     }
 
     /// The rest of the piece at `address`, or else the first piece above it.
     pub fn next(&self, address: u64) -> Option<Piece> {
-        match self.at(address) {
-            Some(p) => Some(p.clip(&(address..u64::MAX))),
-            None => self.map.range(address..).next().map(Self::piece),
-        }
+        self.ascending(address..u64::MAX).next()
     }
 
     /// Pieces from `address` on that are read at once: in the space they ascend as they do in the task, from the first to the end
     /// of the last no more than `most` bytes. Gaps between them are read for nothing, which is cheaper than a call for each.
     pub fn group(&self, address: u64, most: u64) -> Vec<Piece> {
-        let Some(first) = self.next(address) else { return Vec::new() };
+        let mut all = self.ascending(address..u64::MAX).peekable();
+        let Some(first) = all.peek() else { return Vec::new() };
         let (from, mut at) = (first.image, first.image);
-        let rest = self.map.range(first.start + 1..).map(Self::piece);
         let mut group = Vec::new();
-        for mut p in std::iter::once(first).chain(rest) {
+        for mut p in all {
             if p.image < at || p.image - from >= most {
                 break;
             }
@@ -107,69 +131,62 @@ impl Pieces {
 
     /// The parts of pieces in a range of the task's addresses.
     pub fn within(&self, window: Range<u64>) -> Vec<Piece> {
-        if window.start >= window.end {
-            return Vec::new();
-        }
-        let first = self.at(window.start).map_or(window.start, |p| p.start);
-        self.map.range(first..window.end).map(|p| Self::piece(p).clip(&window)).collect()
+        self.ascending(window).collect()
     }
 
     /// Takes out what waits in a range of the task's addresses.
     pub fn take(&mut self, window: Range<u64>) -> Vec<Piece> {
-        let taken = self.within(window);
-        for part in &taken {
-            let Some(whole) = self.at(part.start) else { continue };
-            self.map.remove(&whole.start);
-            if whole.start < part.start {
-                self.map.insert(whole.start, (part.start, whole.image));
-            }
-            if part.end < whole.end {
-                self.map.insert(part.end, (whole.end, whole.image + (part.end - whole.start)));
-            }
-            self.bytes -= part.end - part.start;
-        }
+        let taken = self.within(window.clone());
+        self.remove(window);
         taken
     }
 
     /// Forgets what waits in a range of the task's addresses.
     pub fn remove(&mut self, window: Range<u64>) {
-        // One page in the middle or at the edge of a piece, the usual case, allocates nothing.
-        if let Some(whole) =
-            self.at(window.start).filter(|p| window.end <= p.end && window.start < window.end)
-        {
-            self.map.remove(&whole.start);
-            if whole.start < window.start {
-                self.map.insert(whole.start, (window.start, whole.image));
+        self.bytes -= self.still.remove(window.clone());
+        while let Some(whole) = self.moved_within(&window) {
+            let gone = whole.clip(&window);
+            self.moved.remove(&whole.start);
+            if whole.start < gone.start {
+                self.moved.insert(whole.start, (gone.start, whole.image));
             }
-            if window.end < whole.end {
-                self.map.insert(window.end, (whole.end, whole.image + (window.end - whole.start)));
+            if gone.end < whole.end {
+                self.moved.insert(gone.end, (whole.end, gone.images().end));
             }
-            self.bytes -= window.end - window.start;
-            return;
+            self.bytes -= gone.end - gone.start;
         }
-        self.take(window);
+    }
+
+    /// One that was moved to where this is.
+    fn moved_within(&self, window: &Range<u64>) -> Option<Piece> {
+        let last = self.moved.range(..window.end).next_back().map(Self::moved)?;
+        (last.end > window.start && window.start < window.end).then_some(last)
+    }
+
+    /// Those that were moved, as what waits for these addresses of the space.
+    fn moved_images(&self, images: &Range<u64>) -> impl Iterator<Item = Piece> {
+        self.moved.iter().map(Self::moved).filter_map(move |p| {
+            let at = p.images();
+            let (start, end) = (at.start.max(images.start), at.end.min(images.end));
+            let to = |image| p.start + (image - at.start);
+            (start < end).then(|| Piece { start: to(start), end: to(end), image: start })
+        })
     }
 
     /// Which of these addresses of the space are waited for.
     pub fn images_within(&self, images: Range<u64>) -> RangeSet {
-        match self.moved {
-            false => self.within(images).iter().map(Piece::images).collect(),
-            true => self.images().clip(images),
-        }
+        let moved = self.moved_images(&images).map(|p| p.images());
+        self.still.overlapping(images.clone()).chain(moved).collect()
     }
 
     /// Takes out what waits for a range of the space's addresses.
     pub fn take_images(&mut self, images: Range<u64>) -> Vec<Piece> {
-        if !self.moved {
-            return self.take(images);
-        }
-        let overlap = |p: Piece| {
-            let at = p.images();
-            let (start, end) = (at.start.max(images.start), at.end.min(images.end));
-            (start < end).then(|| p.start + (start - at.start)..p.start + (end - at.start))
-        };
-        let found: Vec<Range<u64>> = self.map.iter().filter_map(|p| overlap(Self::piece(p))).collect();
-        found.into_iter().flat_map(|r| self.take(r)).collect()
+        let moved: Vec<Piece> = self.moved_images(&images).collect();
+        let mut taken: Vec<Piece> = self.still.overlapping(images.clone()).map(Self::still).collect();
+        self.bytes -= self.still.remove(images);
+        moved.iter().for_each(|p| self.remove(p.start..p.end));
+        taken.extend(moved);
+        taken
     }
 
     /// The memory was moved (mremap): what waited at `from` waits at `to`.
@@ -184,7 +201,7 @@ impl Pieces {
 
     /// The addresses in the space that are waited for.
     pub fn images(&self) -> RangeSet {
-        self.map.iter().map(|p| Self::piece(p).images()).collect()
+        self.images_within(0..u64::MAX)
     }
 }
 
@@ -265,7 +282,7 @@ mod tests {
 
     #[test]
     fn groups_are_read_at_once() {
-        let mut pieces = Pieces::new(&[3..20, 30..34, 40..64, 100..110].into_iter().map(pages).collect());
+        let mut pieces = Pieces::new([3..20, 30..34, 40..64, 100..110].into_iter().map(pages).collect());
         let spans = |p: &Pieces, at, most| -> Vec<_> {
             p.group(at * P, most * P).iter().map(|p| (p.start / P, p.end / P, p.image / P)).collect()
         };
@@ -290,7 +307,7 @@ mod tests {
         let mut want: Vec<Option<u64>> = vec![None; 64];
         for step in 0..30_000 {
             if step % 500 == 0 {
-                pieces = Pieces::new(&[3..20, 30..64].into_iter().map(pages).collect());
+                pieces = Pieces::new([3..20, 30..64].into_iter().map(pages).collect());
                 want =
                     (0..64).map(|a| (3..20).contains(&a).then_some(a).or((a >= 30).then_some(a))).collect();
             }

@@ -18,11 +18,20 @@ use walk::{Cells, Walk, last_page};
 const PAGE: u64 = 4096;
 const WORDS: usize = 8;
 /// Pages of a chunk.
-const CHUNK: u64 = 64 * WORDS as u64;
+pub const CHUNK: u64 = 64 * WORDS as u64;
 const ALL: Bits = [!0; WORDS];
 
 /// A bit for each page of a chunk.
-type Bits = [u64; WORDS];
+pub type Bits = [u64; WORDS];
+
+/// Neighbouring chunks as they stand in a set, for the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Numbers of chunks: addresses by [`CHUNK`] pages. More than one only if all of their pages are in the set.
+    pub at: Range<u64>,
+    /// A bit for each page.
+    pub bits: Bits,
+}
 
 /// A set of pages, given and taken as half-open ranges of addresses that begin and end with a page.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -47,7 +56,7 @@ impl RangeSet {
     /// How many bytes its pages have.
     pub fn bytes(&self) -> u64 {
         let full: u64 = self.full.iter().map(|(from, to)| (to - from) * CHUNK).sum();
-        let part: u64 = self.part.values().flatten().map(|word| u64::from(word.count_ones())).sum();
+        let part: u64 = self.part.values().map(count).sum();
         (full + part) * PAGE
     }
 
@@ -64,6 +73,32 @@ impl RangeSet {
     /// How much memory it takes, in entries of some 100 bytes.
     pub fn weight(&self) -> usize {
         self.full.len() + self.part.len()
+    }
+
+    /// What it is made of, ascending.
+    pub fn chunks(&self) -> impl Iterator<Item = Chunk> {
+        let mut full = self.full.iter().map(|(from, to)| Chunk { at: *from..*to, bits: ALL }).peekable();
+        let mut part = self.part.iter().map(|(at, bits)| Chunk { at: *at..*at + 1, bits: *bits }).peekable();
+        std::iter::from_fn(move || match (full.peek(), part.peek()) {
+            (Some(f), Some(p)) if f.at.start < p.at.start => full.next(),
+            (_, None) => full.next(),
+            _ => part.next(),
+        })
+    }
+
+    /// Adds a chunk behind all others. False if that is impossible: nothing was done.
+    #[must_use]
+    pub fn append(&mut self, Chunk { at, bits }: Chunk) -> bool {
+        let full = self.full.last_key_value().map_or(0, |(_, to)| *to);
+        let part = self.part.last_key_value().map_or(0, |(at, _)| at + 1);
+        let fits = full.max(part) <= at.start && at.start < at.end && at.end <= u64::MAX / (CHUNK * PAGE);
+        let one = at.end.wrapping_sub(at.start) == 1;
+        match bits {
+            ALL if fits => self.fill(at),
+            bits if fits && one && bits != [0; WORDS] => drop(self.part.insert(at.start, bits)),
+            _ => return false,
+        }
+        true
     }
 
     /// Is this address in it?
@@ -169,22 +204,24 @@ impl RangeSet {
         same_word
     }
 
-    /// Takes a range out.
-    pub fn remove(&mut self, gone: Range<u64>) {
-        let Some(pieces) = Pieces::of(&gone) else { return };
+    /// Takes a range out. Returns how many bytes of it were there.
+    pub fn remove(&mut self, gone: Range<u64>) -> u64 {
+        let Some(pieces) = Pieces::of(&gone) else { return 0 };
+        let mut pages = 0;
         for (chunk, bits) in pieces.ends.into_iter().flatten() {
             if self.full_run(chunk).is_some() {
                 self.empty(chunk..chunk + 1);
                 self.part.insert(chunk, ALL);
             }
             if let btree_map::Entry::Occupied(mut left) = self.part.entry(chunk) {
+                pages += count(&zip(left.get(), &bits, |a, b| a & b));
                 *left.get_mut() = zip(left.get(), &bits, |a, b| a & !b);
                 if *left.get() == [0; WORDS] {
                     left.remove();
                 }
             }
         }
-        self.empty(pieces.whole);
+        (pages + self.empty(pieces.whole)) * PAGE
     }
 
     /// Whole chunks are in it now.
@@ -201,12 +238,12 @@ impl RangeSet {
         self.full.insert(from, to);
     }
 
-    /// Whole chunks are out of it now.
-    fn empty(&mut self, Range { start, end }: Range<u64>) {
+    /// Whole chunks are out of it now. Returns how many pages they had.
+    fn empty(&mut self, Range { start, end }: Range<u64>) -> u64 {
         if start >= end {
-            return;
+            return 0;
         }
-        self.forget_parts(start..end);
+        let mut pages = self.forget_parts(start..end);
         while let Some((&f, &t)) = self.full.range(..end).next_back().filter(|(_, t)| **t > start) {
             self.full.remove(&f);
             if f < start {
@@ -215,13 +252,19 @@ impl RangeSet {
             if end < t {
                 self.full.insert(end, t);
             }
+            pages += (t.min(end) - f.max(start)) * CHUNK;
         }
+        pages
     }
 
-    fn forget_parts(&mut self, chunks: Range<u64>) {
-        while let Some((&chunk, _)) = self.part.range(chunks.clone()).next() {
+    /// Returns how many pages they had.
+    fn forget_parts(&mut self, chunks: Range<u64>) -> u64 {
+        let mut pages = 0;
+        while let Some((&chunk, bits)) = self.part.range(chunks.clone()).next() {
+            pages += count(bits);
             self.part.remove(&chunk);
         }
+        pages
     }
 
     /// Everything that is in one of the two.
@@ -266,6 +309,10 @@ impl RangeSet {
     pub fn clip(&self, window: Range<u64>) -> Self {
         self.intersection(&Self::from(window))
     }
+}
+
+fn count(bits: &Bits) -> u64 {
+    bits.iter().map(|word| u64::from(word.count_ones())).sum()
 }
 
 fn zip(a: &Bits, b: &Bits, of: impl Fn(u64, u64) -> u64) -> Bits {

@@ -77,7 +77,8 @@ fn agrees_with_a_flag_for_each_page() {
         if add {
             set.insert(bytes(&pages))
         } else {
-            set.remove(bytes(&pages))
+            let were = want[pages.start as usize..pages.end as usize].iter().filter(|was| **was).count();
+            assert_eq!(set.remove(bytes(&pages)), were as u64 * PAGE, "step {step}");
         }
         want[pages.start as usize..pages.end as usize].fill(add);
         assert!(well_formed(set), "step {step}: {set:?}");
@@ -85,6 +86,9 @@ fn agrees_with_a_flag_for_each_page() {
         assert_eq!(set.bytes(), want.iter().filter(|f| **f).count() as u64 * PAGE);
         assert_eq!((set.len(), set.is_empty()), (runs(want).len(), runs(want).is_empty()));
         assert_eq!(*set, runs(want).into_iter().collect(), "equal however it was made");
+        let mut again = RangeSet::new();
+        assert!(set.chunks().all(|chunk| again.append(chunk)), "step {step}");
+        assert!(again == *set, "step {step}: {set:?}");
         let both = |of: fn(bool, bool) -> bool| {
             flags_a.iter().zip(&flags_b).map(|(a, b)| of(*a, *b)).collect::<Vec<_>>()
         };

@@ -6,7 +6,7 @@ use super::class::{Class, class, shmem_device};
 use super::scan::{Pagemap, Select};
 use super::sent::Sent;
 use super::shared::{Shared, data};
-use super::task::{Task, gone};
+use super::task::{Task, gone, replaced};
 use super::{Found, Source, Tracker, TrackerKind};
 use crate::criu::ImageKind;
 use crate::memory::maps::mappings;
@@ -30,13 +30,14 @@ impl Tracker for Hash {
         TrackerKind::Hash
     }
 
-    fn look(&mut self, tasks: &[Task], _last: bool) -> Result<Vec<Found>> {
+    fn look(&mut self, tasks: &[Task], last: bool) -> Result<Vec<Found>> {
         let mut all = Vec::new();
         let mut shared = Shared::default();
         for task in tasks {
             match candidates(task, Select::Populated, &mut shared) {
                 Ok(found) => all.push(found),
                 Err(_) if gone(task.pid) => {}
+                Err(e) if !last && replaced(&e) => {}
                 Err(e) => return Err(e),
             }
         }

@@ -18,7 +18,7 @@ use super::class::{Class, class, shmem_device};
 use super::scan::{Pagemap, Select};
 use super::shared::Shared;
 use super::still::{Held, Still};
-use super::task::{Task, gone, share_memory, started};
+use super::task::{Task, gone, replaced, share_memory, started};
 use super::uffd::Uffd;
 use super::{Found, Source, Tracker, TrackerKind};
 use crate::criu::ImageKind;
@@ -88,6 +88,7 @@ impl Tracker for UffdWp {
                     written,
                 }),
                 Err(_) if gone(task.pid) => {}
+                Err(e) if !last && replaced(&e) => drop(self.watched.remove(&task.pid)),
                 Err(e) => {
                     return Err(e).with_context(|| format!("looking at the memory of task {}", task.pid));
                 }

@@ -97,6 +97,9 @@ struct Region {
     categories: u64,
 }
 
+/// The kernel holds the lock on a task's mappings during a call: whoever wants to change them, CRIU above all, waits.
+const WINDOW: u64 = 256 << 20;
+
 /// A task's page tables, read-only. Belongs to the memory that the task had when it was opened: an exec is not followed.
 #[derive(Debug)]
 pub struct Pagemap {
@@ -169,7 +172,8 @@ impl Pagemap {
             if select == Select::Guards && !self.guard {
                 return Ok(());
             }
-            let mut arg = self.arg(Area { range: at..range.end, files }, select, protect);
+            let end = range.end.min(at.saturating_add(WINDOW));
+            let mut arg = self.arg(Area { range: at..end, files }, select, protect);
             // SAFETY: `arg` is struct pm_scan_arg; it points at `regions`, which outlives the call and is as long as it says.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
             if n < 0 {

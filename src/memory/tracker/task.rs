@@ -1,6 +1,6 @@
 //! The tasks to look at: thread-group leaders, and who is still the one that we knew.
 
-use std::fs;
+use std::{fs, io};
 
 /// A thread-group leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +42,13 @@ pub fn gone(pid: i32) -> bool {
     tasks(&[pid]).is_empty()
 }
 
+/// Is this why a look failed: the memory is gone that it was opened for? Of a task that lives: it has executed another program, whose
+/// memory the next look finds.
+pub fn replaced(e: &anyhow::Error) -> bool {
+    let os_errors = e.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
+    os_errors.into_iter().any(|e| e == libc::ESRCH)
+}
+
 /// Do two tasks share their memory (a vfork whose child has not executed yet)?
 pub fn share_memory(a: i32, b: i32) -> bool {
     const KCMP_VM: i32 = 1;
@@ -61,6 +68,8 @@ mod tests {
         assert_eq!(leader(&status.replace("VmSize", "Other"), 70), None, "a zombie");
         let me = std::process::id() as i32;
         assert_eq!(tasks(&[me]).len(), 1);
+        let error = |number| anyhow::Error::from(io::Error::from_raw_os_error(number)).context("x");
+        assert!(replaced(&error(libc::ESRCH)) && !replaced(&error(libc::EPERM)));
         assert!(started(me).is_some() && share_memory(me, me) && started(-1).is_none());
     }
 }

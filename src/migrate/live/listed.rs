@@ -9,11 +9,10 @@ use std::sync::mpsc;
 use anyhow::{Context as _, Result};
 
 use super::super::code_pages::CodePages;
-use super::super::link::Link;
 use super::super::shared::{Object, Sent};
 use super::super::stream::Sender;
 use crate::criu::mm_image::{self, Mappings};
-use crate::criu::page_server::{PE_PARENT, page_size};
+use crate::criu::page_server::page_size;
 use crate::criu::{ImageKind, PageEvent, Version};
 use crate::memory::store::ADDRESSES;
 use crate::memory::tracker::existing::Existing;
@@ -40,13 +39,13 @@ pub(super) struct Listener<'a> {
 impl<'a> Listener<'a> {
     /// `objects` gets the shared memory that CRIU does not see; `existing` tells what there is of these tasks.
     pub fn new(
-        link: &'a Link,
+        sender: Sender<'a>,
         objects: mpsc::Sender<Object>,
         unseen: HashSet<Space>,
         existing: mpsc::Receiver<Unseen>,
     ) -> Listener<'a> {
         Listener {
-            sender: RefCell::new(Sender::new(link)),
+            sender: RefCell::new(sender),
             open: Cell::new(None),
             pages: RefCell::default(),
             listed: RefCell::default(),
@@ -95,10 +94,7 @@ impl<'a> Listener<'a> {
         let mut sender = self.sender.borrow_mut();
         let theirs = self.theirs.borrow();
         let existing = theirs.get(&space).with_context(|| format!("no task is known that has {space:?}"))?;
-        for run in existing.pages.iter() {
-            let pages = (run.end - run.start) / page_size() as u64;
-            sender.pages(PageEvent::Hole { vaddr: run.start, pages, flags: PE_PARENT })?;
-        }
+        sender.exist(&existing.pages)?;
         self.listed.borrow_mut().insert(space, existing.pages.clone());
         sender.pages(PageEvent::Close)
     }
@@ -115,10 +111,7 @@ impl<'a> Listener<'a> {
     pub fn object(&self, file: File) -> Result<()> {
         let space = self.open.get().context("shared memory outside of an image")?;
         let object = Object::new(space, file)?;
-        for run in object.pages.iter() {
-            let (vaddr, pages) = (run.start, (run.end - run.start) / page_size() as u64);
-            self.sender.borrow_mut().pages(PageEvent::Hole { vaddr, pages, flags: PE_PARENT })?;
-        }
+        self.sender.borrow_mut().exist(&object.pages)?;
         // whoever takes them has failed if they cannot be sent, and says why
         self.objects.borrow().as_ref().context("shared memory after the dump")?.send(object).ok();
         Ok(())

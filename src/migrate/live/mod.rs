@@ -25,6 +25,7 @@ use super::protocol::Frozen;
 use super::report::{Clock, Report};
 use super::source::SourceTask;
 use super::still::Still;
+use super::stream::Sender;
 use super::tmpfs::Tmpfs;
 use super::turn::Turn;
 use crate::criu::tar::staged::Table;
@@ -56,6 +57,8 @@ pub(super) struct Moving<'a> {
     pub layers: &'a mut Layers,
     /// None where tmpfs files go with CRIU's images.
     pub tmpfs: Option<&'a mut Tmpfs>,
+    /// The destination takes sets of pages as bits.
+    pub bits: bool,
 }
 
 /// Freezes and sends what is missing; with `post_copy` only what the restore itself needs.
@@ -71,7 +74,8 @@ pub(super) fn freeze(
     clock: &mut Clock,
 ) -> Result<Stopped> {
     let Ahead { next, found: unsent, turn, rounds, mut worker, tools } = ahead;
-    let Moving { copier, layers, tmpfs } = moving;
+    let Moving { copier, layers, tmpfs, bits } = moving;
+    let bits = *bits;
     let post_copy = next == Next::FreezePostCopy;
     // nothing was ever sent: there is nothing to compare with
     let first = post_copy && rounds.is_empty();
@@ -116,7 +120,8 @@ pub(super) fn freeze(
     let unseen: Vec<(Task, Vec<Mapping>)> = unseen.iter().map(of).collect::<Result<_>>()?;
     let spaces = unseen.iter().map(|(task, _)| Space { kind: ImageKind::Pid, id: task.vpid }).collect();
     let criu = worker.version();
-    let listener = Listener::new(cx.link, objects, spaces, existing);
+    let sender = Sender::new(cx.link).bits(bits);
+    let listener = Listener::new(sender, objects, spaces, existing);
     let mut layer = Items::new(since);
     let mut on_post_dump = || {
         // while CRIU's extra links to unlinked files exist

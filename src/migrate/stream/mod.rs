@@ -5,6 +5,7 @@
 //! PagesOpen  kind u8 (1 process, 2 shared memory), id u64         LayerEntry  rootfs::Entry
 //! Pages      vaddr u64, flags u32, bytes                          LayerData   offset u64, bytes
 //! PagesHole  (vaddr u64, pages u64, flags u32)*                   File        JSON FileHeader, then FileData frames
+//! PagesExist memory::sets
 //! ```
 //!
 //! All integers are little-endian. Nothing here is ever stored as a whole: what CRIU hands over goes out at once.
@@ -73,7 +74,7 @@ impl Counter {
                 }
             }
             Kind::LayerData => t.layer_bytes += payload.len().saturating_sub(8) as u64,
-            Kind::Frozen | Kind::PagesOpen | Kind::PagesHole | Kind::PagesClose => {}
+            Kind::Frozen | Kind::PagesOpen | Kind::PagesHole | Kind::PagesExist | Kind::PagesClose => {}
             // memory that travels while the container runs is checked by the page: see `Planner`
             Kind::Memory | Kind::RemotePages | Kind::HotPages => {}
             Kind::LayerEnd | Kind::Stdio => {}

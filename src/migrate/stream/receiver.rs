@@ -15,7 +15,7 @@ use crate::criu::page_server::page_size;
 use crate::criu::plan::{EagerPolicy, Plan, Planner};
 use crate::criu::{PageEvent, PageStore};
 use crate::memory::read::Chunk;
-use crate::memory::sets::decode_ranges;
+use crate::memory::sets::{decode_bits, decode_ranges};
 use crate::memory::store::{Store, ranges_cap};
 use crate::memory::{RangeSet, Space, batch};
 use crate::migrate::codec::Kind;
@@ -180,6 +180,7 @@ impl Receiver {
             Kind::PagesHole => holes(payload)?.try_for_each(|(vaddr, pages, flags)| {
                 self.page_event(PageEvent::Hole { vaddr, pages, flags })
             }),
+            Kind::PagesExist => self.live_memory()?.planner.exist(&decode_bits(payload)?),
             Kind::PagesClose => self.page_event(PageEvent::Close),
             Kind::Memory => {
                 let LiveMemory { store, scratch, .. } = self.live_memory()?;

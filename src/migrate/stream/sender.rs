@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use super::{Counter, HOLE, HOLES, PIECE, hole_bytes, kind_number};
 use crate::criu::PageEvent;
-use crate::criu::page_server::page_size;
+use crate::criu::page_server::{PE_PARENT, page_size};
+use crate::memory::RangeSet;
+use crate::memory::sets::encode_bits;
 use crate::migrate::codec::Kind;
 use crate::migrate::link::Link;
 use crate::migrate::protocol::{FileHeader, Final};
@@ -24,12 +26,19 @@ pub struct Sender<'a> {
     entry: Vec<u8>,
     /// Runs of pages without bytes that wait to be sent together: there may be very many.
     holes: Vec<u8>,
+    /// Does the peer take sets of pages as bits?
+    bits: bool,
 }
 
 impl<'a> Sender<'a> {
     /// Sends through `link`.
     pub(in crate::migrate) fn new(link: &'a Link) -> Self {
-        Sender { link, counter: Counter::default(), entry: Vec::new(), holes: Vec::new() }
+        Sender { link, counter: Counter::default(), entry: Vec::new(), holes: Vec::new(), bits: false }
+    }
+
+    /// To a peer that takes sets of pages as bits, or does not.
+    pub(in crate::migrate) fn bits(self, bits: bool) -> Self {
+        Sender { bits, ..self }
     }
 
     fn frame(&mut self, kind: Kind, parts: &[&[u8]]) -> Result<()> {
@@ -60,6 +69,18 @@ impl<'a> Sender<'a> {
             PageEvent::Hole { .. } => Ok(()),
             PageEvent::Idle => self.link.wire().alive(),
         }
+    }
+
+    /// These pages of the memory that is open exist; their content comes otherwise.
+    pub(in crate::migrate) fn exist(&mut self, set: &RangeSet) -> Result<()> {
+        if self.bits {
+            self.send_holes()?;
+            return encode_bits(set).iter().try_for_each(|payload| self.frame(Kind::PagesExist, &[payload]));
+        }
+        set.iter().try_for_each(|run| {
+            let (vaddr, pages) = (run.start, (run.end - run.start) / page_size() as u64);
+            self.pages(PageEvent::Hole { vaddr, pages, flags: PE_PARENT })
+        })
     }
 
     fn send_holes(&mut self) -> Result<()> {

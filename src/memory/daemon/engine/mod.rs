@@ -105,8 +105,7 @@ impl Engine {
             remote.is_some() || sets.remote.iter().all(|(_, s)| s.is_empty()),
             "pages on a source that is not there"
         );
-        let planned =
-            planned.into_iter().map(|(s, (l, r))| (s, (Pieces::new(&l), Pieces::new(&r)))).collect();
+        let planned = planned.into_iter().map(|(s, (l, r))| (s, (Pieces::new(l), Pieces::new(r)))).collect();
         let buf = Buffer::new(cfg.window.max(cfg.batch) as usize)?;
         let now = Instant::now();
         Ok(Self {
