@@ -13,8 +13,8 @@ use crate::fuzz::{Input, chunk, json};
 /// An image of the mappings of a task, as CRIU writes it: a heap and a file.
 pub(crate) fn mappings() -> Vec<u8> {
     let vmas = [
-        Vma { start: 0x10000, end: 0x80000, prot: 3, flags: 0x22, status: 1 << 9 },
-        Vma { start: 0x10_0000, end: 0x11_0000, prot: 5, flags: 2, status: 1 << 6 },
+        Vma { start: 0x10000, end: 0x80000, prot: 3, flags: 0x22, status: 1 << 9, ..Vma::default() },
+        Vma { start: 0x10_0000, end: 0x11_0000, prot: 5, flags: 2, status: 1 << 6, ..Vma::default() },
     ];
     // field 14 of the message is a list of them
     let body: Vec<u8> = vmas

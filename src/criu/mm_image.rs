@@ -1,8 +1,9 @@
 //! `mm-N.img`: the mappings of one task, and what each of them means for its pages.
 //!
 //! One `mm_entry` (images/mm.proto) with a `vma_entry` (images/vma.proto) for each mapping, behind the words IMG_COMMON_MAGIC and
-//! MM_MAGIC. Only the fields that decide something here are read.
+//! MM_MAGIC. Of an `mm_entry` only its mappings are read.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +46,12 @@ pub struct Vma {
     /// First byte behind it.
     #[prost(uint64, required, tag = "2")]
     pub end: u64,
+    /// Where in its file it begins, in pages.
+    #[prost(uint64, required, tag = "3")]
+    pub pgoff: u64,
+    /// CRIU's number of what is mapped.
+    #[prost(uint64, required, tag = "4")]
+    pub shmid: u64,
     /// mmap(2)'s protection.
     #[prost(uint32, required, tag = "5")]
     pub prot: u32,
@@ -54,6 +61,9 @@ pub struct Vma {
     /// CRIU's `VMA_*`.
     #[prost(uint32, required, tag = "7")]
     pub status: u32,
+    /// -1 in every image.
+    #[prost(sint64, required, tag = "8")]
+    pub fd: i64,
 }
 
 impl Vma {
@@ -76,34 +86,6 @@ impl Vma {
     }
 }
 
-/// A range of guard pages, as CRIU writes it (`collect_madv_guards`, criu/mem.c): behind the mappings, with nothing known but where.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-struct Guard {
-    #[prost(uint64, required, tag = "1")]
-    start: u64,
-    #[prost(uint64, required, tag = "2")]
-    end: u64,
-    #[prost(uint64, required, tag = "3")]
-    pgoff: u64,
-    #[prost(uint64, required, tag = "4")]
-    shmid: u64,
-    #[prost(uint32, required, tag = "5")]
-    prot: u32,
-    #[prost(uint32, required, tag = "6")]
-    flags: u32,
-    #[prost(uint32, required, tag = "7")]
-    status: u32,
-    #[prost(sint64, required, tag = "8")]
-    fd: i64,
-}
-
-/// What is added to an [`Mm`]; repeated fields may stand anywhere in a message.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-struct Guards {
-    #[prost(message, repeated, tag = "14")]
-    vmas: Vec<Guard>,
-}
-
 /// The first CRIU that knows guard pages.
 const GUARDS: Version = Version { major: 4, minor: 2, sublevel: 0 };
 
@@ -121,14 +103,10 @@ pub fn add_guards(images: &Path, id: u64, guards: &RangeSet, criu: Version) -> R
 
 fn with_guards(image: &[u8], guards: &RangeSet) -> Result<Vec<u8>> {
     let entry = entry(image)?;
-    let guard = |r: std::ops::Range<u64>| Guard {
-        start: r.start,
-        end: r.end,
-        status: VMA_AREA_GUARD,
-        fd: -1,
-        ..Guard::default()
-    };
-    let more = Guards { vmas: guards.iter().map(guard).collect() }.encode_to_vec();
+    // as `collect_madv_guards` does (criu/mem.c): nothing is known but where; repeated fields may stand anywhere in a message
+    let guard =
+        |r: Range<u64>| Vma { start: r.start, end: r.end, status: VMA_AREA_GUARD, fd: -1, ..Vma::default() };
+    let more = Mm { vmas: guards.iter().map(guard).collect() }.encode_to_vec();
     let len = u32::try_from(entry.len() + more.len()).context("a very long entry")?;
     Ok([&head()[..], &len.to_le_bytes(), entry, &more].concat())
 }
@@ -187,7 +165,7 @@ pub(super) mod tests {
     use super::*;
 
     pub fn vma(start: u64, end: u64, flags: u32, status: u32) -> Vma {
-        Vma { start, end, prot: 3, flags, status }
+        Vma { start, end, prot: 3, flags, status, fd: -1, ..Vma::default() }
     }
 
     /// Writes an image as CRIU does.
@@ -224,14 +202,13 @@ pub(super) mod tests {
         }
         add_guards(dir.path(), 7, &guards, GUARDS).unwrap();
         let all = Mappings::read(dir.path(), 7).unwrap();
-        let guard = |start, end| Vma { start, end, prot: 0, flags: 0, status: VMA_AREA_GUARD };
+        let guard = |start, end| Vma { prot: 0, ..vma(start, end, 0, VMA_AREA_GUARD) };
         assert_eq!(all.0[..2], of);
         assert_eq!(all.0[2..], [guard(0x2000, 0x3000), guard(0x5000, 0x7000)]);
         assert_eq!(all.lazy().bytes(), 0x9000);
         assert!(add_guards(dir.path(), 8, &guards, GUARDS).is_err());
         // alloc_vma_area: all of CRIU's required fields are there, and this one is -1
-        let one =
-            Guard { start: 1, end: 2, status: VMA_AREA_GUARD, fd: -1, ..Guard::default() }.encode_to_vec();
+        let one = guard(1, 2).encode_to_vec();
         assert_eq!(one, [8, 1, 16, 2, 24, 0, 32, 0, 40, 0, 48, 0, 56, 128, 128, 4, 64, 1]);
     }
 

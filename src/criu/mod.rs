@@ -9,6 +9,7 @@
 //! | [`log`] | the first error line of a log, and what to do about it |
 //! | [`options`] | what a dump is asked for, so that stock `runc restore` takes the result |
 //! | [`stdio`] | `descriptors.json` |
+//! | [`prepared`] | a worker that waits for a dump |
 //! | [`dump`] | the dump itself |
 //! | [`kdat`], [`parent`], `conceal`, [`stand_in`] | what CRIU is shown so that it leaves memory alone |
 //! | [`page_server`] | CRIU's page server protocol, receiving end |
@@ -36,6 +37,7 @@ pub mod options;
 pub mod page_server;
 mod parent;
 pub mod plan;
+pub mod prepared;
 pub mod probe;
 #[cfg(test)]
 mod proof;
@@ -48,10 +50,11 @@ mod timerfd_image;
 pub mod version;
 pub mod vet;
 
-pub use dump::{DumpRequest, DumpStats, Listing, MemoryMode, PreparedDump, Worker};
+pub use dump::{DumpRequest, DumpStats, Listing};
 pub use gate_server::GateServer;
 pub use images::PageStore;
 pub use page_server::{ImageKind, PageEvent};
 pub use plan::{EagerPolicy, Plan, Planner};
+pub use prepared::{MemoryMode, PreparedDump, Worker};
 pub use probe::MemoryModes;
 pub use version::{Criu, Version};

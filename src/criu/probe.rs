@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns};
 
-use super::dump::{DumpFailed, Listing, MemoryMode, PreparedDump, Worker};
+use super::dump::{DumpFailed, Listing};
 use super::kdat::Kdat;
 use super::log::Finding;
 use super::options::Limits;
 use super::page_server::{PageEvent, PageSink, page_size};
+use super::prepared::{MemoryMode, PreparedDump, Worker};
 use super::rpc::{CriuOpts, CriuReq, Features, NetworkLock, ReqType};
 use super::swrk::{Spawn, Swrk};
 use super::version::Criu;

@@ -209,30 +209,25 @@ impl Mounts {
         }
         let (run, proc) = (Place::find(c"/run")?, Place::find(c"/proc")?);
         check(unshare_mounts())?;
-        if let Some(over) = &self.run {
-            let own = run.detach()?;
-            match over {
-                // A file system of its own on top: nothing below it matters to this worker.
-                OverRun::Tmpfs => mount(Some(c"tmpfs"), c"/run", Some(c"tmpfs"), 0)?,
-                OverRun::File(file) => {
-                    mount(Some(file), KDAT, None, libc::MS_BIND)?;
-                    if own {
-                        run.rejoin();
-                    }
-                }
+        match &self.run {
+            None => {}
+            // A file system of its own on top: nothing below it matters to this worker.
+            Some(OverRun::Tmpfs) => {
+                run.detach()?;
+                mount(Some(c"tmpfs"), c"/run", Some(c"tmpfs"), 0)?;
             }
+            Some(OverRun::File(file)) => run.cover(|| mount(Some(file), KDAT, None, libc::MS_BIND))?,
         }
-        if !self.proc.is_empty() {
-            let own = proc.detach()?;
+        if self.proc.is_empty() {
+            return Ok(());
+        }
+        proc.cover(|| {
             for (from, to) in &self.proc {
                 // the task may have gone
                 let _ = mount(Some(from), to, None, libc::MS_BIND);
             }
-            if own {
-                proc.rejoin();
-            }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 }
 
@@ -249,6 +244,16 @@ impl Place {
         // SAFETY: a plain system call on a constant string.
         let before = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_CLOEXEC) };
         Ok(Place { path, before: check(before)? })
+    }
+
+    /// Has something mounted here that nobody else sees.
+    fn cover(&self, with: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
+        let own = self.detach()?;
+        with()?;
+        if own {
+            self.rejoin();
+        }
+        Ok(())
     }
 
     /// Nobody else sees what is mounted here. Is it a mount of its own, or part of the root's?

@@ -114,10 +114,9 @@ pub(super) fn freeze(
     let times = KeptTimes::of(&rootfs);
     let (objects, concealed) = mpsc::channel();
     let (list, existing) = mpsc::channel();
-    let unseen: Vec<Task> =
-        tasks.iter().filter(|task| worker.unseen().contains(&task.pid)).copied().collect();
-    let of = |task: &Task| Ok((*task, mappings(task.pid)?));
-    let unseen: Vec<(Task, Vec<Mapping>)> = unseen.iter().map(of).collect::<Result<_>>()?;
+    let unseen = tasks.iter().filter(|task| worker.unseen().contains(&task.pid));
+    let unseen: Vec<(Task, Vec<Mapping>)> =
+        unseen.map(|task| Ok((*task, mappings(task.pid)?))).collect::<Result<_>>()?;
     let spaces = unseen.iter().map(|(task, _)| Space { kind: ImageKind::Pid, id: task.vpid }).collect();
     let criu = worker.version();
     let sender = Sender::new(cx.link).bits(bits);
