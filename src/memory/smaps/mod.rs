@@ -13,7 +13,6 @@ mod btf;
 mod probe;
 mod program;
 
-use std::fmt::Write;
 use std::fs;
 
 use anyhow::{Context, Result};
@@ -86,8 +85,8 @@ impl Smaps {
         if let Some(iter) = &self.iter {
             let maps = read(self.pid, "maps")?;
             match iter.read() {
-                Ok(areas) => match text(&String::from_utf8_lossy(&maps), &areas) {
-                    Some(text) => return Ok(text.into_bytes()),
+                Ok(areas) => match text(&maps, &areas) {
+                    Some(text) => return Ok(text),
                     None => log::info!("mappings of {} have flags that are not known here", self.pid),
                 },
                 Err(e) => log::info!("asking for mappings of {}: {e:#}", self.pid),
@@ -102,33 +101,32 @@ fn read(pid: i32, file: &str) -> Result<Vec<u8>> {
     fs::read(&path).with_context(|| format!("reading {path}"))
 }
 
-/// The lines of `maps`, each followed by its flags. None where the two do not fit, or a flag is unknown.
-fn text(maps: &str, areas: &[Area]) -> Option<String> {
-    let mut text = String::with_capacity(2 * maps.len());
+/// The lines of `maps`, in which names are whatever bytes, each followed by its flags. None where the two do not fit, or a flag is unknown.
+fn text(maps: &[u8], areas: &[Area]) -> Option<Vec<u8>> {
+    let mut text = Vec::with_capacity(2 * maps.len());
     let mut areas = areas.iter();
-    for line in maps.lines() {
-        text.push_str(line);
-        text.push_str("\nVmFlags:");
+    for line in maps.split_inclusive(|byte| *byte == b'\n') {
+        text.extend_from_slice(line);
+        text.extend_from_slice(b"VmFlags:");
         // in no task's list (`gate_vma`, arch/x86/entry/vsyscall/vsyscall_64.c)
-        if line.ends_with("[vsyscall]") {
-            text.push_str(" ex");
+        if line.ends_with(b"[vsyscall]\n") {
+            text.extend_from_slice(b" ex");
         } else {
             let area = areas.next()?;
-            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
-            let is = |text, at| u64::from_str_radix(text, 16) == Ok(at);
-            (is(start, area.start) && is(end, area.end)).then_some(())?;
+            line.starts_with(format!("{:08x}-{:08x} ", area.start, area.end).as_bytes()).then_some(())?;
             names(area.flags, &mut text)?;
         }
-        text.push_str(" \n");
+        text.extend_from_slice(b" \n");
     }
     areas.next().is_none().then_some(text)
 }
 
-fn names(mut flags: u64, to: &mut String) -> Option<()> {
+fn names(mut flags: u64, to: &mut Vec<u8>) -> Option<()> {
     for (flag, name) in NAMES {
         if flags & flag != 0 {
             flags &= !flag;
-            write!(to, " {name}").ok()?;
+            to.push(b' ');
+            to.extend_from_slice(name.as_bytes());
         }
     }
     (flags == 0).then_some(())
@@ -139,8 +137,8 @@ mod tests {
     use super::*;
 
     const MAPS: &str = "\
-1000-3000 rw-p 00000000 00:00 0                          [heap]
-5000-6000 r--p 00000000 fe:01 7                          /a b
+00001000-00003000 rw-p 00000000 00:00 0                  [heap]
+00005000-00006000 r--p 00000000 fe:01 7                  /a b
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 ";
 
@@ -152,7 +150,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     fn each_mapping_is_followed_by_its_flags() {
         let areas = [area(0x1000, 0x3000, 0x10_0073), area(0x5000, 0x6000, 0x4000_2071)];
         let lines: Vec<&str> = MAPS.lines().collect();
-        let text = text(MAPS, &areas).unwrap();
+        let text = String::from_utf8(text(MAPS.as_bytes(), &areas).unwrap()).unwrap();
         let said: Vec<&str> = text.lines().collect();
         assert_eq!(said.len(), 6);
         assert_eq!([said[0], said[2], said[4]], lines[..]);
@@ -164,11 +162,12 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
     #[test]
     fn what_does_not_fit_is_no_text() {
         let (one, two) = (area(0x1000, 0x3000, 1), area(0x5000, 0x6000, 1));
-        assert!(text(MAPS, &[one, two]).is_some());
-        assert!(text(MAPS, &[one]).is_none() && text(MAPS, &[one, two, two]).is_none());
-        assert!(text(MAPS, &[two, one]).is_none());
-        assert!(text(MAPS, &[one, area(0x5000, 0x6000, 1 << 40)]).is_none(), "an unknown flag");
-        assert!(text("nonsense", &[one]).is_none());
+        let text = |areas: &[Area]| text(MAPS.as_bytes(), areas);
+        assert!(text(&[one, two]).is_some());
+        assert!(text(&[one]).is_none() && text(&[one, two, two]).is_none());
+        assert!(text(&[two, one]).is_none());
+        assert!(text(&[one, area(0x5000, 0x6000, 1 << 40)]).is_none(), "an unknown flag");
+        assert!(super::text(b"nonsense\n", &[one]).is_none());
     }
 
     #[test]

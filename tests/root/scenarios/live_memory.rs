@@ -15,6 +15,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "live_mappings", needs: Needs::Migration, run: mappings },
     Scenario { name: "live_content", needs: Needs::Migration, run: content },
     Scenario { name: "live_guards", needs: Needs::Migration, run: guards },
+    Scenario { name: "live_flags", needs: Needs::Migration, run: flags },
     Scenario { name: "live_processes", needs: Needs::Migration, run: processes },
     Scenario { name: "live_shared_memory", needs: Needs::Migration, run: shared },
     Scenario { name: "live_everything", needs: Needs::Migration, run: everything },
@@ -40,6 +41,11 @@ fn content(bed: &Bed) -> Result<()> {
 /// In memory that CRIU does not see, so that they are ours to put into its images.
 fn guards(bed: &Bed) -> Result<()> {
     each(bed, "guards", 0)
+}
+
+/// Of mappings that CRIU hears of from us.
+fn flags(bed: &Bed) -> Result<()> {
+    each(bed, "flags", 0)
 }
 
 fn processes(bed: &Bed) -> Result<()> {

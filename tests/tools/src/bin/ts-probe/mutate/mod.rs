@@ -16,6 +16,7 @@ mod control;
 mod exec;
 mod family;
 mod files;
+mod flags;
 mod guards;
 mod huge;
 mod jit;
@@ -38,7 +39,7 @@ use worker::{Behaviour, Link, Setup};
 pub use control::ask;
 
 /// Every behaviour.
-pub const NAMES: [&str; 21] = [
+pub const NAMES: [&str; 22] = [
     "writes",
     "mmap",
     "replace",
@@ -60,6 +61,7 @@ pub const NAMES: [&str; 21] = [
     "jit",
     "files",
     "guards",
+    "flags",
 ];
 
 fn make(setup: &Setup) -> Checked<Box<dyn Behaviour>> {
@@ -85,6 +87,7 @@ fn make(setup: &Setup) -> Checked<Box<dyn Behaviour>> {
         "jit" => Box::new(jit::Jit::new(setup)?),
         "files" => Box::new(files::Files::new(setup)?),
         "guards" => Box::new(guards::Guards::new(setup)?),
+        "flags" => Box::new(flags::Flags::new(setup)?),
         other => return Err(format!("no behaviour {other:?}")),
     })
 }
