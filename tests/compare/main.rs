@@ -14,8 +14,8 @@
 //! | `record.rs`, `normal.rs` | observations and how two runs differ; names and numbers that mean nothing |
 //! | `meant.rs`, `table.rs` | the differences that are meant; the table at the end |
 //!
-//! A scenario's two sides run at the same time, each in a namespace of containerd of its own. The bed (`hack/nodes`) and what this
-//! machine needs are shared with the root tests.
+//! A scenario's two sides run at the same time, each in a namespace of containerd of its own. The bed (`hack/nodes`), what this
+//! machine needs and the watch over scenarios that hang are shared with the root tests.
 
 #[path = "../root/bed.rs"]
 #[allow(dead_code, reason = "the root tests need more of it")]
@@ -23,6 +23,9 @@ mod bed;
 #[path = "../root/requirements.rs"]
 #[allow(dead_code, reason = "the root tests need more of it")]
 mod requirements;
+#[path = "../root/watch.rs"]
+#[allow(dead_code, reason = "the root tests try the watch itself")]
+mod watch;
 
 mod calls;
 mod daemon;
@@ -118,7 +121,7 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
         Some(theatre) => theatre,
         None => Theatre::open(containerd).map_err(|e| format!("{e:#}"))?,
     };
-    let [theirs, ours] = match theatre.play(scenario) {
+    let [theirs, ours] = match watch::limited(scenario.name, || theatre.play(scenario)) {
         [Ok(theirs), Ok(ours)] => [theirs, ours],
         // a bed on which a scenario did not come to its end is not used again
         failed => {

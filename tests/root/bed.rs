@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, ExitStatus, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -268,4 +268,18 @@ pub fn wait_for(limit: Duration, what: &str, mut condition: impl FnMut() -> Resu
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(())
+}
+
+/// Waits until a program that this test started has ended; killed, and an error, when it does not within 30 s.
+pub fn ended(child: &mut Child, what: &str) -> Result<ExitStatus> {
+    let mut status = None;
+    let ended = wait_for(Duration::from_secs(30), &format!("the end of {what}"), || {
+        status = child.try_wait()?;
+        Ok(status.is_some())
+    });
+    if ended.is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    ended.and_then(|()| status.context("no exit status"))
 }

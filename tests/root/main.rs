@@ -19,6 +19,7 @@
 //! | `shims.rs` | the shim's process: which it is, what it holds |
 //! | `requirements.rs` | what this machine has, and why a scenario is skipped |
 //! | `traffic.rs` | workloads that are checked across moves, in containers and in the client's network |
+//! | `watch.rs` | a scenario that hangs |
 //! | `scenarios/` | the scenarios, one subject per file |
 //!
 //! Every scenario runs once for each containerd (`c17::name`, `c21::name`), one after the other; those of one containerd share a
@@ -41,6 +42,7 @@ mod shims;
 mod traffic;
 mod transship;
 mod trouble;
+mod watch;
 
 use std::sync::{Arc, Mutex};
 
@@ -69,9 +71,11 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
         None => Bed::up(containerd).map_err(|e| format!("{e:#}"))?,
     };
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        bed.prepare(scenario.needs)?;
-        (scenario.run)(&bed)?;
-        bed.expect_clean()
+        watch::limited(scenario.name, || {
+            bed.prepare(scenario.needs)?;
+            (scenario.run)(&bed)?;
+            bed.expect_clean()
+        })
     }));
     let error = match outcome {
         Ok(Ok(())) => {
@@ -138,6 +142,8 @@ fn main() {
             };
             trials.push(Trial::test(name, test).with_ignored_flag(ignored));
         }
+        let watch = || watch::itself().map_err(|e| format!("{e:#}").into());
+        trials.push(Trial::test(format!("{containerd}::watch"), watch));
     }
     let conclusion = libtest_mimic::run(&args, trials);
     if let Some(table) = matrix::table::table() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::Scenario;
-use crate::bed::{Bed, Node, wait_for};
+use crate::bed::{Bed, Node, ended, wait_for};
 use crate::container::{self, Run};
 use crate::requirements::{self, Needs};
 use crate::service;
@@ -41,7 +41,7 @@ fn signals(bed: &Bed) -> Result<()> {
         Ok(bed.ok(Node::A, &["ctr", "task", "ps", "t1"])?.lines().count() == 3)
     })?;
     bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "TERM", "--exec-id", "x1", "t1"])?;
-    ensure!(session.wait()?.code() == Some(143), "the session's end");
+    ensure!(ended(&mut session, "ctr task exec")?.code() == Some(143), "the session's end");
     ensure!(container::status(bed, Node::A, "t1")?.as_deref() == Some("RUNNING"), "the signal hit more");
     let bad = bed.run(Node::A, &["ctr", "task", "kill", "--signal", "NOSUCH", "t1"])?;
     ensure!(!bad.status.success(), "no such signal");
@@ -76,7 +76,7 @@ fn exec_id_in_use(bed: &Bed) -> Result<()> {
     ensure!(!again.status.success() && said.contains("x1"), "{again:?}");
     // the end of the container ends the session too
     bed.ok(Node::A, &["ctr", "task", "kill", "--signal", "KILL", "t1"])?;
-    ensure!(session.wait()?.code() == Some(137), "the session's end");
+    ensure!(ended(&mut session, "ctr task exec")?.code() == Some(137), "the session's end");
     container::wait_status(bed, Node::A, "t1", "STOPPED")?;
     container::delete(bed, Node::A, "t1")
 }

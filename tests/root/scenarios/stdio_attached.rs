@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::stdio_moves::{end, forget_ctrs_fifos, wait_more};
 use crate::Scenario;
-use crate::bed::{Bed, Node, wait_for};
+use crate::bed::{Bed, Node, ended, wait_for};
 use crate::container::{self, Run};
 use crate::moves;
 use crate::output;
@@ -44,7 +44,7 @@ fn moved_with_input(bed: &Bed, id: &str, feed: &str, settle: Duration, last: &st
     ensure!(container::log(bed, id)? == "ready\n", "it read before it was told to");
     bed.ok(Node::B, &["ctr", "task", "kill", "--signal", "USR1", id])?;
     output::wait_arrived(bed, Node::B, id, last)?;
-    client.wait()?;
+    ended(&mut client, "ctr run")?;
     forget_ctrs_fifos(bed)?;
     output::arrived(bed, Node::B, id)
 }
@@ -78,18 +78,21 @@ fn stdio_terminal(bed: &Bed) -> Result<()> {
     output::forget(bed, id)?;
     let shown = container::log_path(bed, id)?;
     let run = format!(
-        "script -qec 'stty rows 33 cols 77; exec ctr run --tty --runtime {} localhost/probe:1 {id} ts-probe flood' {} < <(sleep 3)",
+        "script -qec 'stty rows 33 cols 77; exec ctr run --tty --runtime {} localhost/probe:1 {id} ts-probe flood' {}",
         runtime(),
         shown.display()
     );
-    let mut client = background(bed, Node::A, &run)?;
+    // its input stays open, and from out here: a shell's `< <(...)` would be a child of script, and util-linux's script (2.38) turns in circles
+    // for good once a child ends that is not the one it started
+    let mut client = bed.command(Node::A, &["bash", "-c", &run]);
+    let mut client = client.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     container::wait_log(bed, id, "5000")?;
     moves::migrate(bed, id, Node::A, Node::B)?;
     wait_more(bed, Node::B, id)?;
     let size = container::exec(bed, Node::B, id, &["stty", "-F", "/dev/pts/0", "size"])?;
     ensure!(size.stdout == b"33 77\n", "the window's size: {size:?}");
     end(bed, Node::B, id)?;
-    client.wait()?;
+    ended(&mut client, "script and ctr run --tty")?;
     forget_ctrs_fifos(bed)?;
     // script's own first and last line, and ctr's that there is no container any more
     let text = container::log(bed, id)?;
@@ -115,7 +118,7 @@ fn stdio_fifos_and_attach(bed: &Bed) -> Result<()> {
     })
     .and_then(|()| moves::migrate(bed, id, Node::A, Node::B));
     bed.sh(Node::B, "kill $(cat /run/fifo.pid)")?;
-    agent.wait()?;
+    ended(&mut agent, "the agent with FIFOs")?;
     bed.start_agent(Node::B)?;
     moved?;
     let taken = bed.shared()?.join("sa1.taken");
@@ -125,7 +128,7 @@ fn stdio_fifos_and_attach(bed: &Bed) -> Result<()> {
         Ok(std::fs::metadata(&taken).is_ok_and(|m| m.len() > 50_000))
     })?;
     bed.ok(Node::B, &["ctr", "task", "kill", "--signal", "TERM", id])?;
-    reader.wait()?;
+    ended(&mut reader, "ctr task attach")?;
     container::delete(bed, Node::B, id)?;
     output::flood(&(container::log(bed, id)? + &std::fs::read_to_string(&taken)?)).map(drop)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::Scenario;
-use crate::bed::{Bed, Node, wait_for};
+use crate::bed::{Bed, Node, ended, wait_for};
 use crate::container::{self, Run};
 use crate::moves;
 use crate::output;
@@ -140,7 +140,7 @@ fn stdio_stuck_reader(bed: &Bed) -> Result<()> {
     ensure!(report["freeze_ms"].as_f64().is_some_and(|ms| ms < 3000.0), "{report}");
     wait_more(bed, Node::B, id)?;
     bed.ok(Node::A, &["kill", "-CONT", pid.trim()])?;
-    reader.wait()?;
+    ended(&mut reader, "ctr run")?;
     forget_ctrs_fifos(bed)?;
     end(bed, Node::B, id)?;
     // what was in the FIFOs is the source's: its reader gets it when it goes on
