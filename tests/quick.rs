@@ -2,16 +2,27 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, lchown, symlink},
+        net::UnixListener,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::Duration,
 };
 
+use nix::{
+    fcntl::AT_FDCWD,
+    sys::{
+        stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat},
+        time::TimeSpec,
+    },
+};
 use transship::{
     criu::{
+        gate_server::{GateServer, Wait},
         stand_in::ARGUMENT,
-        tar::{first, tools},
+        tar::{first, flat, tools},
     },
     program::Programs,
 };
@@ -106,6 +117,97 @@ fn an_empty_directory_is_archived_and_comes_back() {
     }
 }
 
+/// As a container's /dev; what is in it, with all that an archive keeps.
+fn device_files(dir: &Path) {
+    let root = nix::unistd::geteuid().is_root();
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IWGRP;
+    mkdir(dir.join("shm"), 0o1777);
+    mkdir(dir.join("pts"), 0o755);
+    fs::write(dir.join("console"), b"").unwrap();
+    fs::set_permissions(dir.join("console"), PermissionsExt::from_mode(0o4755)).unwrap();
+    symlink("/proc/self/fd", dir.join("fd")).unwrap();
+    symlink("x".repeat(100), dir.join("core")).unwrap();
+    nix::unistd::mkfifo(&dir.join("log"), mode).unwrap();
+    let _socket = UnixListener::bind(dir.join("socket")).unwrap();
+    for (name, kind, major, minor) in
+        [("null", SFlag::S_IFCHR, 1, 3), ("many", SFlag::S_IFCHR, 259, 70_000), ("sda", SFlag::S_IFBLK, 8, 0)]
+    {
+        if root {
+            mknod(&dir.join(name), kind, mode, makedev(major, minor)).unwrap();
+        }
+    }
+    if root {
+        for (name, uid, gid) in [("console", 4_000_000_000, 7), ("fd", 3, 4), ("shm", 1000, 5)] {
+            lchown(dir.join(name), Some(uid), Some(gid)).unwrap();
+        }
+        fs::set_permissions(dir.join("console"), PermissionsExt::from_mode(0o4755)).unwrap();
+    }
+    for (name, seconds) in [("log", -5), ("fd", 1 << 33), ("shm", 1)] {
+        let time = TimeSpec::new(seconds, 0);
+        utimensat(AT_FDCWD, &dir.join(name), &time, &time, UtimensatFlags::NoFollowSymlink).unwrap();
+    }
+    File::open(dir).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+}
+
+/// What an archive keeps of everything in a directory that has nothing below.
+fn all(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    let mut found: Vec<String> = entries
+        .map(|path| {
+            let m = path.symlink_metadata().unwrap();
+            let (name, to) = (path.file_name().unwrap().to_owned(), fs::read_link(&path).ok());
+            let (owner, device) = ((m.uid(), m.gid()), m.rdev());
+            format!("{name:?} {:o} {owner:?} {device} {} {to:?}", m.mode(), m.mtime())
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Tools without the other program: what is done here is not done by that.
+fn alone() -> Tools {
+    let tools = Tools::new();
+    fs::remove_file(tools.path("transship-tools/tar")).unwrap();
+    tools
+}
+
+#[test]
+fn a_directory_of_devices_and_links_is_archived_and_comes_back() {
+    let (both, tools) = (Tools::new(), alone());
+    let from = mkdir(tools.path("from"), 0o755);
+    device_files(&from);
+    let mut wanted = all(&from);
+    wanted.retain(|l| !l.starts_with("\"socket\""));
+    let archive = tools.archive("transship-tools/quick/tar", &from);
+    assert!(archive == both.archive("transship-tools/tar", &from));
+    let to = mkdir(tools.path("to"), 0o700);
+    let out = tools.extract(&archive, &to);
+    assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+    assert_eq!(all(&to), wanted);
+    assert_eq!(to.metadata().unwrap().mtime(), 0);
+    // a second time everything is there already: the other program replaces it
+    assert!(!tools.extract(&archive, &to).status.success());
+    let again = mkdir(both.path("again"), 0o700);
+    fs::write(again.join("core"), "in the way").unwrap();
+    assert!(both.extract(&archive, &again).status.success());
+    assert_eq!(all(&again), wanted);
+}
+
+#[test]
+fn only_what_is_mounted_in_a_directory_may_have_content() {
+    let tools = alone();
+    let from = mkdir(tools.path("from"), 0o755);
+    let pts = mkdir(from.join("pts"), 0o755);
+    fs::write(pts.join("0"), "").unwrap();
+    let tar = format!("{} {CREATE} {} .", tools.path("transship-tools/quick/tar").display(), from.display());
+    let sh = |line: &str| Command::new("unshare").args(["-rm", "sh", "-c", line]).output().unwrap();
+    let out = sh(&tar);
+    assert!(!out.status.success() && out.stdout.is_empty(), "{out:?}");
+    let mounted = sh(&format!("mount -t tmpfs none {0} && mkdir {0}/below && {tar}", pts.display()));
+    let names: Vec<&[u8]> = flat::read(&mounted.stdout).unwrap().map(|e| e.name).collect();
+    assert_eq!(names, [&b""[..], b"pts"], "{mounted:?}");
+}
+
 #[test]
 fn a_full_directory_is_the_other_programs() {
     let tools = Tools::new();
@@ -177,6 +279,46 @@ fn an_action_is_answered_by_what_the_shim_has_said() {
         fs::write(at("answer"), answer).unwrap();
         assert_eq!(call(stage), (Some(status), String::new()), "{answer:?}");
     }
+}
+
+/// The shim's own side of the gates, with nobody but this program to ask it.
+#[test]
+fn an_action_asks_the_shim() {
+    // longer than a socket's address may be
+    let top = tempfile::tempdir().unwrap();
+    let bundle = top.path().join("b".repeat(120));
+    fs::create_dir(&bundle).unwrap();
+    let programs = Programs { full: "/nowhere/transship-gate".into(), quick: Some(QUICK.into()) };
+    let gates = || GateServer::prepare(&bundle, &programs, Path::new("/usr/sbin/criu"), "").unwrap();
+    let soon = Wait::at_most(Duration::from_secs(10));
+    let script = || {
+        let mut script = Command::new(bundle.join("gate/quick/action"));
+        script.env("CRTOOLS_SCRIPT_ACTION", "post-restore").stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for go in [true, false] {
+        let mut server = gates();
+        let mut first = script();
+        server.wait_restored(&soon).unwrap();
+        assert_eq!(server.held_by(), Some(first.id().try_into().unwrap()));
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(first.try_wait().unwrap(), None, "it waits");
+        if go { server.open_run() } else { server.refuse() }.unwrap();
+        assert_eq!(first.wait().unwrap().code(), Some(i32::from(!go)));
+        // CRIU's second call
+        assert_eq!(script().wait().unwrap().code(), Some(i32::from(!go)));
+    }
+    // a shim that dies while it is asked: nothing may run
+    let mut server = gates();
+    let asking = script();
+    server.wait_restored(&soon).unwrap();
+    drop(server);
+    assert!(!asking.wait_with_output().unwrap().status.success());
+    // and one that is not there: told by the other program, which is not there either
+    fs::remove_dir_all(bundle.join("gate")).unwrap();
+    drop(gates());
+    fs::remove_file(bundle.join("gate/answer")).unwrap();
+    let out = script().wait_with_output().unwrap();
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("missing"), "{out:?}");
 }
 
 #[test]

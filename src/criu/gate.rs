@@ -3,9 +3,9 @@
 //!
 //! - `criu` stands first in runc's PATH. runc starts it as `criu swrk 3` with the RPC socket as descriptor 3. If the request that waits there is
 //!   RESTORE, it says so on the gate's socket and waits for the answer; in any case it then becomes the real CRIU (same process).
-//! - `action` is CRIU's action script. At `post-restore` the tasks are complete and have not run; its exit status decides. Where there is
-//!   the program `transship-quick`, that answers the other calls.
-//!   CRIU reads its configuration twice and so calls each script twice: the second call finds the answer in a file.
+//! - `action` is CRIU's action script. At `post-restore` the tasks are complete and have not run; its exit status decides. CRIU reads its
+//!   configuration twice and so calls each script twice: the second call finds the answer in a file. Where there is the program
+//!   `transship-quick`, that does it, and this only if it cannot.
 //!
 //! It runs before anything else in the shim's main: no threads, no runtime. The other side is [`super::gate_server`].
 
@@ -28,7 +28,8 @@ use crate::cgroup;
 pub(super) const CRIU: &str = "criu";
 /// The name of the action script.
 pub const ACTION: &str = "action";
-pub(super) const SOCKET: &str = "sock";
+/// Where the shim listens, in the directory of the gates.
+pub const SOCKET: &str = "sock";
 pub(super) const REAL_CRIU: &str = "real-criu";
 /// The file beside it with the shim's answer, once there is one.
 pub const ANSWER: &str = "answer";
@@ -38,6 +39,8 @@ pub const GO: &[u8] = b"go";
 pub const STAGE: &str = "CRTOOLS_SCRIPT_ACTION";
 /// and the only stage at which the shim is asked.
 pub const POST_RESTORE: &str = "post-restore";
+/// What the script says to the shim then; the answer lies in [`ANSWER`] when the shim ends the conversation.
+pub const HELLO: &[u8] = b"{\"at\":\"post-restore\"}\n";
 /// A cgroup that CRIU has to be put into, if there is this file; see [`super::gate_server::enter_cgroup`].
 pub(super) const CGROUP: &str = "cgroup";
 
@@ -220,6 +223,12 @@ mod tests {
     }
 
     const SOON: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn the_quick_program_says_the_same() {
+        let hello = serde_json::to_string(&Hello { at: At::PostRestore }).unwrap();
+        assert_eq!((hello + "\n").as_bytes(), HELLO);
+    }
 
     #[test]
     fn a_restore_passes_both_gates_in_order() {

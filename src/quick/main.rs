@@ -2,8 +2,8 @@
 //! library and nothing that runs before its own first instruction, and so is there in a tenth of a millisecond.
 //!
 //! It is called as `DIR/quick/NAME`. NAME is
-//! - `action`: every stage of a restore is passed at once, but for the first call at `post-restore`, where somebody has to be asked;
-//! - `tar`: the archive of an empty directory ([`transship::criu::tar::empty`]) is made and taken.
+//! - `action`: every stage of a restore is passed at once, but for the first call at `post-restore`, at which the shim is asked;
+//! - `tar`: archives of directories with neither content nor depth ([`transship::criu::tar::flat`]) are made and taken.
 //!
 //! With the argument `stand-in` alone it is a process with a handful of pages that waits to be ended ([`transship::criu::stand_in`]).
 //!
@@ -16,6 +16,8 @@
 
 #![cfg_attr(quick, no_main)]
 
+#[cfg(quick)]
+mod archive;
 #[cfg(quick)]
 mod memory;
 #[cfg(quick)]

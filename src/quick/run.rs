@@ -2,19 +2,18 @@
 
 use core::ffi::CStr;
 
-use transship::criu::gate::{ACTION, ANSWER, GO, POST_RESTORE, STAGE};
+use transship::criu::gate::{ACTION, ANSWER, GO, HELLO, POST_RESTORE, SOCKET, STAGE};
 use transship::criu::stand_in;
 use transship::criu::tar;
-use transship::criu::tar::call::{Job, job};
-use transship::criu::tar::empty::{self, Directory};
 use transship::program::QUICK_DIR;
 
+use super::archive::archive;
 use super::start::Start;
-use super::sys::{self, Fd, STDERR, STDIN, STDOUT, exit};
+use super::sys::{self, Fd, STDERR, STDIN, exit};
 
 /// Longer than a path may be, with its nul.
-const PATH: usize = 4097;
-type Path = [u8; PATH];
+pub const PATH: usize = 4097;
+pub type Path = [u8; PATH];
 
 /// Does it, or becomes who does.
 pub fn run(start: &Start) -> ! {
@@ -54,7 +53,7 @@ fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// The pieces as one string that ends with nul.
-fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a CStr> {
+pub fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a CStr> {
     let mut at = 0;
     for piece in pieces {
         let end = at + piece.len();
@@ -66,7 +65,7 @@ fn join<'a>(to: &'a mut Path, pieces: &[&[u8]]) -> Option<&'a CStr> {
 }
 
 /// The string up to the first nul.
-fn string(bytes: &[u8]) -> Option<&CStr> {
+pub fn string(bytes: &[u8]) -> Option<&CStr> {
     CStr::from_bytes_until_nul(bytes).ok()
 }
 
@@ -76,12 +75,21 @@ fn wait() -> u8 {
     0
 }
 
-/// CRIU's action script: the answer to CRIU, if it is known. `dir` is where the gates are.
+/// CRIU's action script: the answer to CRIU. `dir` is where the gates are.
 fn action(start: &Start, dir: &[u8]) -> Option<u8> {
     if start.variable(STAGE.as_bytes()) != Some(POST_RESTORE.as_bytes()) {
         return Some(0);
     }
-    // CRIU asks twice; what the shim has answered lies here
+    // CRIU asks twice
+    if let Some(known) = answer(dir) {
+        return Some(known);
+    }
+    ask(dir)?;
+    answer(dir)
+}
+
+/// What the shim has answered.
+fn answer(dir: &[u8]) -> Option<u8> {
     let mut path: Path = [0; PATH];
     let file = Fd::open(join(&mut path, &[dir, b"/", ANSWER.as_bytes()])?, 0)?;
     let mut answer = [0; 8];
@@ -89,63 +97,14 @@ fn action(start: &Start, dir: &[u8]) -> Option<u8> {
     Some(u8::from(answer.get(..n)? != GO))
 }
 
-/// CRIU's `tar`, for directories with nothing in them. None: nothing was done, or nothing that cannot be done once more.
-fn archive(start: &Start) -> Option<()> {
+/// Says that it is time to answer, and waits until that is done.
+fn ask(dir: &[u8]) -> Option<()> {
     let mut path: Path = [0; PATH];
-    match job(start.args())? {
-        Job::Create(dir) => {
-            let dir = Fd::open(join(&mut path, &[dir])?, libc::O_DIRECTORY)?;
-            if !is_empty(dir)? {
-                return None;
-            }
-            let is = dir.look()?;
-            let (mode, mtime) = (u32::from(is.stx_mode) & 0o7777, is.stx_mtime.tv_sec);
-            let archive = empty::write(Directory { mode, uid: is.stx_uid, gid: is.stx_gid, mtime });
-            let at = STDOUT.position();
-            if STDOUT.write(&archive).is_some() {
-                return Some(());
-            }
-            // the full program says what is wrong, if it can begin where we have begun
-            if at.is_none() || STDOUT.position() != at {
-                STDERR.write(b"tar: half of an archive could not be written\n");
-                exit(1);
-            }
-            None
-        }
-        Job::Extract(dir) => {
-            let at = STDIN.position()?;
-            let mut archive = [0; empty::LEN];
-            let mut one_more = [0; 1];
-            let whole = STDIN.read_at(&mut archive, at)? == empty::LEN
-                && STDIN.read_at(&mut one_more, at + empty::LEN)? == 0;
-            let Directory { mode, uid, gid, mtime } = empty::read(&archive).filter(|_| whole)?;
-            let dir = Fd::open(join(&mut path, &[dir])?, libc::O_DIRECTORY)?;
-            dir.own(uid, gid)?;
-            dir.permit(mode)?;
-            dir.date(mtime)
-        }
-    }
-}
-
-/// Nothing in it but itself and the directory above.
-fn is_empty(dir: Fd) -> Option<bool> {
-    let mut entries = [0; 1024];
-    // inode and offset, the record's length, a type, the name and its nul (getdents64(2))
-    const LENGTH: usize = 16;
-    const NAME: usize = 19;
-    loop {
-        let filled = dir.entries(&mut entries)?;
-        if filled == 0 {
-            return Some(true);
-        }
-        let mut rest = entries.get(..filled)?;
-        while !rest.is_empty() {
-            let length = u16::from_ne_bytes([*rest.get(LENGTH)?, *rest.get(LENGTH + 1)?]);
-            let name = string(rest.get(NAME..length.into())?)?.to_bytes();
-            if name != b"." && name != b".." {
-                return Some(false);
-            }
-            rest = rest.get(length.into()..)?;
-        }
-    }
+    // an address is too short for most paths; from there it is a name. The full program has to be found from there as well
+    let at = Fd::open(join(&mut path, &[dir])?, libc::O_DIRECTORY).filter(|_| dir.starts_with(b"/"))?;
+    at.enter()?;
+    let shim = Fd::connect(SOCKET.as_bytes())?;
+    shim.write(HELLO)?;
+    while shim.read(&mut [0; 64])? > 0 {}
+    Some(())
 }

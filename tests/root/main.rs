@@ -45,6 +45,7 @@ mod trouble;
 mod watch;
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bed::{Bed, Containerd};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -94,10 +95,33 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
     Err(format!("{error}\n{logs}").into())
 }
 
+/// What each scenario took, for those who have to keep the whole run short.
+static TOOK: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Says where the time went, if there was much.
+fn say_what_took_longest() {
+    let mut took = TOOK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let sum: Duration = took.iter().map(|(time, _)| *time).sum();
+    took.sort_by_key(|(time, _)| std::cmp::Reverse(*time));
+    let longest: Vec<String> =
+        took.iter().take(12).map(|(t, name)| format!("{name} {:.0}", t.as_secs_f64())).collect();
+    if took.len() > longest.len() {
+        println!(
+            "\n{:.0} s in {} scenarios; the longest: {}",
+            sum.as_secs_f64(),
+            took.len(),
+            longest.join(", ")
+        );
+    }
+}
+
 /// This machine is small and its neighbours are noisy: a scenario that fails gets a second chance on a new bed. It is said when one
 /// was needed, so that a scenario that needs it often is noticed.
 fn twice(name: &str, run: impl Fn() -> Result<(), Failed>) -> Result<(), Failed> {
-    let Err(first) = run() else { return Ok(()) };
+    let start = Instant::now();
+    let outcome = run();
+    TOOK.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((start.elapsed(), name.to_owned()));
+    let Err(first) = outcome else { return Ok(()) };
     if std::env::var_os("TRANSSHIP_NO_RETRY").is_some() {
         return Err(first);
     }
@@ -105,12 +129,15 @@ fn twice(name: &str, run: impl Fn() -> Result<(), Failed>) -> Result<(), Failed>
     run()
 }
 
-/// Whether a run of everything tries the scenario under this containerd: how memory is moved is the same under each, so that half of those
-/// scenarios are tried under one, half under the other. TRANSSHIP_TEST_MATRIX=all: all under both.
+/// How such scenarios begin as have little to do with containerd: how memory, files and connections are moved, what is refused, who is let in.
+const HALVED: [&str; 6] = ["live_", "files_", "net_", "refused_", "fails_", "peer_"];
+
+/// Whether a run of everything tries the scenario under this containerd: half of those that are [`HALVED`] are tried under one, half under the
+/// other. TRANSSHIP_TEST_MATRIX=all: all under both.
 fn is_for(containerd: Containerd, number: usize, name: &str) -> bool {
     let all = std::env::var("TRANSSHIP_TEST_MATRIX").is_ok_and(|m| m == "all");
     let odd = containerd == Containerd::V21;
-    all || !name.starts_with("live_") || (number % 2 == 1) == odd
+    all || !HALVED.iter().any(|h| name.starts_with(h)) || (number % 2 == 1) == odd
 }
 
 fn main() {
@@ -149,6 +176,7 @@ fn main() {
     if let Some(table) = matrix::table::table() {
         println!("\n{table}");
     }
+    say_what_took_longest();
     // exit() runs no destructors
     drop(
         beds.iter()

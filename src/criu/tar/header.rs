@@ -24,7 +24,7 @@ const MORE: usize = 21;
 
 /// A field's place.
 type Field = std::ops::Range<usize>;
-const NAME: Field = 0..100;
+pub(super) const NAME: Field = 0..100;
 pub(super) const MODE: Field = 100..108;
 pub(super) const UID: Field = 108..116;
 pub(super) const GID: Field = 116..124;
@@ -32,10 +32,10 @@ pub(super) const SIZE: Field = 124..136;
 pub(super) const MTIME: Field = 136..148;
 const SUM: Field = 148..156;
 pub(super) const TYPE: usize = 156;
-const TARGET: Field = 157..257;
+pub(super) const TARGET: Field = 157..257;
 pub(super) const MAGIC: Field = 257..265;
-const MAJOR: Field = 329..337;
-const MINOR: Field = 337..345;
+pub(super) const MAJOR: Field = 329..337;
+pub(super) const MINOR: Field = 337..345;
 const SPARSES: usize = 386;
 const EXTENDED: usize = 482;
 const REAL_SIZE: Field = 483..495;
@@ -151,7 +151,7 @@ fn text(field: &[u8]) -> Vec<u8> {
     field.iter().copied().take_while(|b| *b != 0).collect()
 }
 
-/// Puts the checksum into a header. Here and below nothing is allocated: [`super::empty`] needs that.
+/// Puts the checksum into a header. Here and below nothing is allocated: [`super::flat`] needs that.
 pub(super) fn seal(block: &mut [u8]) {
     let sum = checksum(block);
     octal(&mut block[SUM.start..SUM.end - 2], sum.into());

@@ -9,7 +9,7 @@
 //! In a migration the content of files may be a reference to what the destination has already ([`staged`]).
 
 pub mod call;
-pub mod empty;
+pub mod flat;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod gzip;
