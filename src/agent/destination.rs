@@ -171,13 +171,13 @@ async fn offered(
         held.use_up();
     }
     let agreed = Agreed::new(peer, &namespace, &id, Instant::now())?;
-    let cold = offer.cold;
+    let (cold, by_pages) = (offer.cold, offer.paged_memory > 0);
     let begun = Placement::begin(&agent.config, &containerd, offer, &agreed.migration, peer).await;
     let mut placement = match begun {
         Ok(placement) => placement,
         Err(error) => return refuse(link, None, because("containerd", format!("{error:#}"))).await,
     };
-    placement.memory_cap = found.map_or(0, |f| f.memory_cap());
+    placement.memory_cap = found.map_or(0, |f| f.memory_cap(by_pages));
     let taken = if cold {
         take_cold(agent, link, &mut placement).await
     } else {

@@ -19,6 +19,7 @@ use crate::{
         task::{Status, Task},
     },
     control::{self, Inspected},
+    criu::Criu,
     migrate::loss::megabytes,
 };
 
@@ -239,14 +240,23 @@ pub async fn describe(
             offer.runtime.clone_from(&inspected.runtime);
         }
         let pids = containerd.task_pids(&task.id).await?;
-        offer.memory = host::memory_of(&pids);
+        let memory = host::Memory::of(&pids);
+        (offer.memory, offer.shared_memory, offer.paged_memory) =
+            (memory.moved, memory.shared, memory.unshared);
         let pid = task.pid;
         let captured = tokio::task::spawn_blocking(move || netns::capture(pid)).await.context("a thread")?;
         offer.net = Some(captured?);
     }
     let (criu, runtime) = (agent.config.criu.clone(), offer.runtime.clone());
-    offer.host = tokio::task::spawn_blocking(move || HostFacts::gather(criu.as_deref(), &runtime))
-        .await
-        .context("a thread")?;
+    let with_memory = offer.paged_memory > 0;
+    let looked_up = tokio::task::spawn_blocking(move || {
+        let by_pages = with_memory && Criu::find(criu.as_deref()).is_ok_and(|c| c.dumps_without_memory());
+        (HostFacts::gather(criu.as_deref(), &runtime), by_pages)
+    });
+    let by_pages;
+    (offer.host, by_pages) = looked_up.await.context("a thread")?;
+    if !by_pages {
+        offer.paged_memory = 0;
+    }
     Ok(())
 }

@@ -129,18 +129,38 @@ pub fn free_space(dir: &Path) -> Result<(u64, bool)> {
     Ok((stat.blocks_available() * stat.fragment_size(), in_memory))
 }
 
-/// About how much memory processes hold that a migration has to move, in bytes: anonymous and shared memory, each page
-/// counted in shares among those who map it. Processes that are gone count nothing.
-pub fn memory_of(pids: &[u32]) -> u64 {
-    let smaps = |pid| fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
-    pids.iter().filter_map(|pid| smaps(pid).ok()).map(|text| movable_memory(&text)).sum()
+/// What processes hold of memory that a migration has to move, about, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Anonymous and shared memory, each page counted in shares among those who map it.
+    pub moved: u64,
+    /// Of that, shared memory.
+    pub shared: u64,
+    /// Anonymous memory, each page counted for each who maps it: after a move, everybody has one of his own.
+    pub unshared: u64,
 }
 
-/// See [`memory_of`]; `Pss_Anon` and `Pss_Shmem` are there since Linux 5.4, before that all of `Pss`.
-fn movable_memory(rollup: &str) -> u64 {
-    match (field_kib(rollup, "Pss_Anon:"), field_kib(rollup, "Pss_Shmem:")) {
-        (Some(anonymous), Some(shared)) => anonymous + shared,
-        _ => field_kib(rollup, "Pss:").unwrap_or(0),
+impl Memory {
+    /// That of these processes. Those that are gone count nothing.
+    pub fn of(pids: &[u32]) -> Memory {
+        let smaps = |pid| fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
+        let all = pids.iter().filter_map(|pid| smaps(pid).ok()).map(|text| Self::rolled_up(&text));
+        all.fold(Memory::default(), |sum, one| Memory {
+            moved: sum.moved + one.moved,
+            shared: sum.shared + one.shared,
+            unshared: sum.unshared + one.unshared,
+        })
+    }
+
+    /// `Pss_Anon` and `Pss_Shmem` are there since Linux 5.4, before that all of `Pss`, of which nobody knows what it is.
+    fn rolled_up(text: &str) -> Memory {
+        let field = |name| field_kib(text, name);
+        match (field("Pss_Anon:"), field("Pss_Shmem:"), field("Anonymous:")) {
+            (Some(anonymous), Some(shared), Some(unshared)) => {
+                Memory { moved: anonymous + shared, shared, unshared }
+            }
+            _ => Memory { moved: field("Pss:").unwrap_or(0), ..Memory::default() },
+        }
     }
 }
 
@@ -174,14 +194,15 @@ mod tests {
 
     #[test]
     fn memory() {
-        assert_eq!(
-            movable_memory("Rss: 9 kB\nPss: 8 kB\nPss_Anon:  3 kB\nPss_File: 4 kB\nPss_Shmem: 1 kB\n"),
-            4096
-        );
-        assert_eq!(movable_memory("Pss:      8 kB\n"), 8192);
+        let text =
+            "Rss: 9 kB\nPss: 8 kB\nPss_Anon:  3 kB\nPss_File: 4 kB\nPss_Shmem: 1 kB\nAnonymous: 5 kB\n";
+        assert_eq!(Memory::rolled_up(text), Memory { moved: 4096, shared: 1024, unshared: 5120 });
+        let old = Memory { moved: 8192, ..Memory::default() };
+        assert_eq!(Memory::rolled_up("Pss:      8 kB\nAnonymous: 5 kB\n"), old);
         assert_eq!(mem_available("MemTotal: 2 kB\nMemAvailable:   1 kB\n"), Some(1024));
-        assert!(memory_of(&[std::process::id()]) > 0);
-        assert_eq!(memory_of(&[u32::MAX]), 0);
+        let own = Memory::of(&[std::process::id()]);
+        assert!(own.moved > 0 && own.unshared > 0 && own.shared <= own.moved, "{own:?}");
+        assert_eq!(Memory::of(&[u32::MAX]), Memory::default());
     }
 
     #[test]

@@ -266,6 +266,8 @@ async fn try_restore(
     offer.ignore_cpu |= request.ignore_cpu;
     // a file is always of a container that ran; one that says otherwise would be looked at less closely
     offer.cold = false;
+    // and is restored from images
+    offer.paged_memory = 0;
     let (namespace, id) = (offer.namespace.clone(), offer.record.id.clone());
     if !plain(&namespace) || !plain(&id) {
         return Err(ErrorReport::new(ExitCode::Usage, format!("{namespace}/{id} is no name of a container")));
@@ -281,7 +283,7 @@ async fn try_restore(
     let from = format!("file {}", request.file.display());
     let mut placement =
         Placement::begin(&agent.config, &containerd, offer, &migration, &from).await.map_err(internal)?;
-    placement.memory_cap = found.memory_cap();
+    placement.memory_cap = found.memory_cap(false);
     let fds = [Some(file), keys].into_iter().flatten().map(OwnedFd::from).collect();
     match place(agent, &mut placement, fds, reporter).await {
         Ok((pid, mut warnings)) => {

@@ -166,6 +166,11 @@ pub struct Offer {
     pub terminal: bool,
     /// About how much memory has to be moved, in bytes.
     pub memory: u64,
+    /// Of that, shared memory.
+    pub shared_memory: u64,
+    /// Bytes of private memory that will be given to the processes page by page, once each has all of its own; 0 where memory is to
+    /// be restored from images, or where the source does not say.
+    pub paged_memory: u64,
     /// Bytes of the writable layer.
     pub layer: u64,
     /// The node it runs on.

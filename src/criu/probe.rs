@@ -66,6 +66,11 @@ impl Criu {
         found
     }
 
+    /// Whether dumps leave memory to us, so that it goes to the destination's page store. Takes the time of [`Self::memory_modes`].
+    pub fn dumps_without_memory(&self) -> bool {
+        self.memory_modes().best == MemoryMode::Parent
+    }
+
     /// Has CRIU look at the kernel, if its cache in `/run` is not there or another build's. To be called before a CRIU is started
     /// inside a container's network namespace: part of that look is a connection through the loopback, which a fence drops.
     pub fn warm(&self) -> Result<()> {

@@ -42,7 +42,6 @@ use super::tuning::{OnPostCopyFailure, Tuning};
 use super::turn::Turns;
 use super::wire::Wire;
 use crate::control::{Event, Limits};
-use crate::criu::MemoryMode;
 use crate::memory::Space;
 use crate::rootfs::WritableLayer;
 
@@ -132,7 +131,7 @@ fn try_send(cx: &Context<'_>, ticket: &str, task: Box<dyn SourceTask>, clock: &m
     let greeted_ms = clock.now_ms();
     let welcome =
         cx.link.wire().expect::<Welcome>(Kind::Welcome).context("greeting the destination's shim")?;
-    let live = welcome.version >= LIVE && prepared.criu.memory_modes().best == MemoryMode::Parent;
+    let live = welcome.version >= LIVE && prepared.criu.dumps_without_memory();
     let manifest =
         Manifest { live, in_netns: live, version: welcome.version, ..prepared.manifest(&*task, Value::Null) };
     cx.link.json(Kind::Manifest, &manifest)?;

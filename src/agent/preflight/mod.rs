@@ -22,6 +22,8 @@ pub use cpu::missing_features;
 
 /// The most blobs that one image may bring.
 const BLOBS: usize = 4096;
+/// More memory than this is never restored eagerly (`migrate::stream`).
+const EAGER: u64 = 32 << 20;
 /// So many things against a spec are named; the rest is counted.
 const NAMED: usize = 5;
 
@@ -51,10 +53,15 @@ pub struct Situation {
 }
 
 impl Situation {
-    /// Bytes of memory that a container may bring along, whatever its offer said of them.
-    pub fn memory_cap(&self) -> u64 {
-        let memory = if self.images_in_memory { self.memory_available / 2 } else { self.memory_available };
-        self.images_free.min(memory)
+    /// Bytes of memory that a container may bring along, whatever its offer said of them. `by_pages`: they are given to the processes page by
+    /// page; a part is left for what else it needs.
+    pub fn memory_cap(&self, by_pages: bool) -> u64 {
+        let available = self.memory_available;
+        self.images_free.min(match by_pages {
+            true => available / 11 * 10,
+            false if self.images_in_memory => available / 2,
+            false => available,
+        })
     }
 }
 
@@ -175,8 +182,7 @@ fn check_live(offer: &Offer, now: &Situation) -> Result<(), Refusal> {
             "make room, or set `images_dir` in agent.toml to a larger tmpfs",
         );
     }
-    // Restored memory exists beside its image until the restore is complete.
-    let memory = room(offer.memory, if now.images_in_memory { 2 } else { 1 });
+    let memory = memory_needed(offer, now.images_in_memory);
     if now.memory_available < memory {
         return no(
             "memory",
@@ -307,6 +313,20 @@ pub fn check_movable(spec: &serde_json::Value) -> Result<(), Refusal> {
 /// what the processes allocate until the freeze.
 fn room(memory: u64, times: u64) -> u64 {
     memory.saturating_mul(times).saturating_add(memory / 10).saturating_add(16 << 20)
+}
+
+/// Bytes of memory that a container needs here at most. What is restored from images exists beside them until the restore is complete. What
+/// is given to the processes page by page leaves the page store as it comes to its place, and never was in an image.
+fn memory_needed(offer: &Offer, images_in_memory: bool) -> u64 {
+    let images = if images_in_memory { 2 } else { 1 };
+    if offer.paged_memory == 0 {
+        return room(offer.memory, images);
+    }
+    // the little that is restored from images nevertheless, because it is so little
+    let eager = offer.paged_memory.min(EAGER);
+    room(offer.paged_memory.saturating_add(offer.shared_memory), 1)
+        .saturating_add(eager)
+        .saturating_add(offer.shared_memory.saturating_mul(images - 1))
 }
 
 fn mib(bytes: u64) -> String {

@@ -100,6 +100,27 @@ fn each_reason_has_its_code() {
 }
 
 #[test]
+fn memory_that_comes_by_pages_is_needed_once() {
+    let fits = |offer: &Offer, available: u64| {
+        check(offer, &Situation { memory_available: available, images_free: u64::MAX, ..situation() }).is_ok()
+    };
+    let gib = |n: f64| (n * (1u64 << 30) as f64) as u64;
+    let mut offer = Offer { memory: 8 << 30, ..offer() };
+    assert!(!fits(&offer, gib(16.5)) && fits(&offer, gib(17.0)), "from images: twice");
+    offer.paged_memory = 8 << 30;
+    assert!(!fits(&offer, gib(8.5)) && fits(&offer, gib(9.0)));
+    // shared memory comes in images all the same
+    offer = Offer { paged_memory: 6 << 30, shared_memory: 2 << 30, ..offer };
+    assert!(!fits(&offer, gib(10.5)) && fits(&offer, gib(11.0)));
+    // processes that shared pages with their parent have their own then
+    offer = Offer { memory: 1 << 30, paged_memory: 10 << 30, shared_memory: 0, ..offer };
+    assert!(!fits(&offer, gib(10.5)));
+    // and little memory is restored at once, beside its images
+    offer = Offer { memory: 8 << 20, paged_memory: 8 << 20, ..offer };
+    assert!(!fits(&offer, 32 << 20) && fits(&offer, 34 << 20));
+}
+
+#[test]
 fn what_the_policy_does_not_allow_is_named_with_its_key() {
     let (mut offer, mut situation) = (offer(), situation());
     offer.record.spec["process"]["capabilities"]["bounding"] = json!(["CAP_SYS_ADMIN"]);

@@ -130,6 +130,9 @@ pub struct DaemonStats {
     pub forks: u64,
     /// Most bytes that the store held since the restore.
     pub store_peak_bytes: u64,
+    /// Bytes that the store gave back while it was still needed for others: those that were in their place, and older copies of what came from
+    /// the source.
+    pub given_back_bytes: u64,
 }
 
 /// Durations in buckets of about 6 %.

@@ -91,7 +91,7 @@ impl Engine {
     }
 
     /// Gives back what nobody waits for any more. With several consumers of a space that is known when all but one have gone.
-    fn free(&mut self) -> Result<()> {
+    pub(super) fn free(&mut self) -> Result<()> {
         if !self.to_free.enough() {
             return Ok(());
         }
@@ -100,7 +100,7 @@ impl Engine {
             let (Some(user), None) = (users.next(), users.next()) else { continue };
             let waits = user.local.images_within(range.clone());
             for r in RangeSet::from(range).difference(&waits).iter() {
-                self.store.free(space, r)?;
+                self.stats.given_back_bytes += self.store.free(space, r)?;
             }
         }
         Ok(())

@@ -140,6 +140,9 @@ impl Engine {
             }
             self.stats.store_peak_bytes = self.stats.store_peak_bytes.max(self.store.bytes());
         }
+        // what is in the store of it, but for what was put there now, is older
+        self.to_free.add(space, range);
+        self.free()?;
         if self.looked_at_faults.elapsed() > FAULTS_AT_LEAST {
             self.faults()?;
         }

@@ -135,6 +135,33 @@ fn pages_on_the_source_are_asked_for_when_they_are_needed() {
     }
 }
 
+/// A workload that has written everything again since the rounds would otherwise need its memory twice on the destination.
+#[test]
+fn what_was_stored_and_is_newer_on_the_source_makes_room_as_that_comes() {
+    if skip() {
+        return;
+    }
+    let bed = Bed::new(4000);
+    let (mut store, sets) = sets(&bed);
+    let old: Vec<u64> = (0..bed.pages).filter(|n| is_remote(*n)).collect();
+    for n in &old {
+        store.put(SPACE, BASE + n * P, &page(0xdead)).unwrap();
+    }
+    let local = store.bytes() - old.len() as u64 * P;
+    let daemon = bed.listen(|c| c.fill_delay = Duration::from_millis(5));
+    let (source, socket, _) = Source::new(old.iter().copied(), None);
+    let mut task = bed.task("random", 5);
+    let pace = pace(socket, Duration::from_micros(100));
+    let ctl = DaemonCtl::new().unwrap();
+    let stats = daemon.run(store, &sets, Some(Box::new(source)), ctl, &mut |_| {}).unwrap();
+    let status = super::wait(&mut task);
+    assert!(status.success() && stats.complete && stats.unplaced_bytes == 0, "{status} {stats:?}");
+    // what is given back at the very end is not counted
+    let before_the_end = local + old.len() as u64 * P - (4 << 20);
+    assert!(stats.given_back_bytes > before_the_end, "{before_the_end} {stats:?}");
+    pace.join().unwrap();
+}
+
 #[test]
 fn a_dead_source_is_told_and_another_one_can_take_over() {
     if skip() {

@@ -96,10 +96,9 @@ pub const ALL: &[Workload] = &[
             "writer-6g-50",
             "6 GiB, 50 MB/s written at random, over a link of 1 Gbit/s",
             &["ts-load", "writer", "--mb", "6144", "--rate", "50MB/s"],
-            20_000,
+            15_000,
         )
     },
-    // transship wants room for it twice at the destination, and here both nodes are one machine
     Workload {
         max_runs: 3,
         link: Some("1gbit"),
@@ -107,7 +106,7 @@ pub const ALL: &[Workload] = &[
             "writer-8g-50",
             "8 GiB, 50 MB/s written at random, over a link of 1 Gbit/s",
             &["ts-load", "writer", "--mb", "8192", "--rate", "50MB/s"],
-            26_000,
+            20_000,
         )
     },
 ];
