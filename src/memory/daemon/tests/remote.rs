@@ -142,12 +142,15 @@ fn what_was_stored_and_is_newer_on_the_source_makes_room_as_that_comes() {
         return;
     }
     let bed = Bed::new(4000);
-    let (mut store, sets) = sets(&bed);
-    let old: Vec<u64> = (0..bed.pages).filter(|n| is_remote(*n)).collect();
+    // in one piece: small places go with what is around them
+    let old: Vec<u64> = (2000..bed.pages).collect();
+    let (mut store, lazy) = bed.store(|n| n < 2000);
+    let local = store.bytes();
     for n in &old {
         store.put(SPACE, BASE + n * P, &page(0xdead)).unwrap();
     }
-    let local = store.bytes() - old.len() as u64 * P;
+    let remote = RangeSet::from(BASE + 2000 * P..BASE + bed.pages * P);
+    let sets = LazySets { lazy: vec![(SPACE, lazy.difference(&remote))], remote: vec![(SPACE, remote)] };
     let daemon = bed.listen(|c| c.fill_delay = Duration::from_millis(5));
     let (source, socket, _) = Source::new(old.iter().copied(), None);
     let mut task = bed.task("random", 5);
