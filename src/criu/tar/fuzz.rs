@@ -7,7 +7,7 @@ pub mod criu_tar {
     use super::super::gzip::Stored;
     use super::super::header::{self, BLOCK, Header};
     use super::super::staged::Known;
-    use super::super::{read, write};
+    use super::super::{flat, read, write};
     use crate::fuzz::{Cage, Input};
 
     /// The target's body.
@@ -21,11 +21,24 @@ pub mod criu_tar {
     }
 
     fn extract(archive: &[u8]) {
+        flatly(archive);
         let cage = Cage::new();
         let staged = cage.make("staged");
         std::fs::write(staged.join("1"), b"content").expect("a staged file");
         let _ = read::extract(&cage.root(), &staged, archive);
         cage.check(&["staged"]);
+    }
+
+    /// What the quick program takes, it would have made so; and nothing in it is anywhere else.
+    fn flatly(archive: &[u8]) {
+        let Some(entries) = flat::read(archive) else { return };
+        let mut space = [0; flat::LEN];
+        let mut again = flat::Writer::new(&mut space);
+        for entry in entries {
+            assert!(!entry.name.contains(&b'/') && entry.name != b".." && entry.name != b".");
+            again.add(&entry).expect("it came from an archive");
+        }
+        assert!(again.finish() == archive);
     }
 
     /// A header that is understood is written as one that says the same.
