@@ -52,6 +52,10 @@ impl Departed {
             if self.task {
                 containerd.task_remove(&self.id, END_LIMIT).await?;
             }
+            // containerd may have been away ever since it came
+            if let Some(mut placed) = Placed::load(&self.namespace, &self.id) {
+                placed.release_at_last(containerd).await?;
+            }
             containerd.snapshot_remove(&record.snapshotter, &record.snapshot_key).await?;
             if self.cold {
                 let placed = Placed::load(&self.namespace, &self.id);

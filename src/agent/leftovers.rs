@@ -235,7 +235,11 @@ async fn deletions(agent: &Agent) -> Result<()> {
 async fn drop_if_gone(containerd: &Containerd, placed: &Placed) {
     let gone = async {
         let namespace = containerd.namespace(&placed.namespace)?;
-        Ok::<_, anyhow::Error>(namespace.container(&placed.id).await?.is_none())
+        let gone = namespace.container(&placed.id).await?.is_none();
+        if gone {
+            placed.clone().release_at_last(&namespace).await?;
+        }
+        Ok::<_, anyhow::Error>(gone)
     };
     match gone.await {
         Ok(false) => {}

@@ -145,6 +145,14 @@ impl Placed {
         self.not(&Step::Lease)
     }
 
+    /// The same if it was not done yet, for one that is about to be forgotten: nobody would find the lease again.
+    pub async fn release_at_last(&mut self, containerd: &Namespace) -> Result<()> {
+        match self.complete && self.steps.contains(&Step::Lease) {
+            true => self.release(containerd).await,
+            false => Ok(()),
+        }
+    }
+
     /// Removes what was made for the container beside containerd, and the memory of it; blocking. Fine if it is gone.
     pub fn remove(&self) -> Result<()> {
         self.remove_places()?;

@@ -86,7 +86,8 @@ impl<'a> Placement<'a> {
         placed.will(Step::Lease)?;
         let lease = placed.lease();
         if let Err(error) = containerd.lease_create(&lease, LEASE_LIFE).await {
-            placed.remove()?;
+            // nothing but the answer may have been lost
+            placed.undo(containerd).await;
             return Err(error);
         }
         Ok(Placement {
