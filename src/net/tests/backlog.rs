@@ -58,21 +58,26 @@ fn what_the_hardware_was_to_do_is_still_done() {
             (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
         sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
         let listener = netns::inside(own.as_fd(), || Ok(TcpListener::bind("10.99.0.2:7002")?)).unwrap();
-        let mut client = netns::inside(peer.as_fd(), || Ok(TcpStream::connect("10.99.0.2:7002")?)).unwrap();
-        let (mut server, _) = listener.accept().unwrap();
-        let backlog = Backlog::prepare(own.as_fd()).unwrap();
-        fence(own.as_fd()).unwrap();
-        backlog.begin().unwrap();
-        // more than a segment and less than the first window: one packet for the network card to cut, without a checksum
-        let sent: Vec<u8> = (0..8000u32).map(|n| (n % 251) as u8).collect();
-        client.write_all(&sent).unwrap();
-        let packets = backlog.take();
-        assert!(packets.iter().any(|p| p.offload.gso_type != 0 && p.offload.flags == 1), "{packets:?}");
-        unfence(own.as_fd()).unwrap();
-        deliver(own.as_fd(), &packets).unwrap();
-        server.set_read_timeout(Some(Duration::from_millis(150))).unwrap();
-        let mut got = vec![0; sent.len()];
-        server.read_exact(&mut got).expect("it comes before the client's timer sends it again");
-        assert_eq!(got, sent);
+        // a busy kernel may cut the packet itself (seen once): a new connection then
+        let left_to_the_card = (0..5).any(|_| {
+            let connect = || Ok(TcpStream::connect("10.99.0.2:7002")?);
+            let mut client = netns::inside(peer.as_fd(), connect).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            let backlog = Backlog::prepare(own.as_fd()).unwrap();
+            fence(own.as_fd()).unwrap();
+            backlog.begin().unwrap();
+            // more than a segment and less than the first window: one packet for the network card to cut, without a checksum
+            let sent: Vec<u8> = (0..8000u32).map(|n| (n % 251) as u8).collect();
+            client.write_all(&sent).unwrap();
+            let packets = backlog.take();
+            unfence(own.as_fd()).unwrap();
+            deliver(own.as_fd(), &packets).unwrap();
+            server.set_read_timeout(Some(Duration::from_millis(150))).unwrap();
+            let mut got = vec![0; sent.len()];
+            server.read_exact(&mut got).expect("it comes before the client's timer sends it again");
+            assert_eq!(got, sent);
+            packets.iter().any(|p| p.offload.gso_type != 0 && p.offload.flags == 1)
+        });
+        assert!(left_to_the_card, "no packet of five connections was to be cut");
     });
 }

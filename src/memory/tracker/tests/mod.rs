@@ -38,6 +38,19 @@ fn cgroup() -> Option<std::path::PathBuf> {
     Some(dir)
 }
 
+/// The state of a thread of this process that has neither stopped nor ended.
+fn awake(pid: i32) -> Option<char> {
+    std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.find_map(|thread| {
+        let stat = std::fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
+        let state = stat[stat.rfind(')')? + 1..].trim_start().chars().next()?;
+        (!is_still(state)).then_some(state)
+    })
+}
+
+fn is_still(state: char) -> bool {
+    matches!(state, 'T' | 'Z' | 'X')
+}
+
 impl Family {
     pub fn start(deeds: &str, seed: u64) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
@@ -69,7 +82,8 @@ impl Family {
         self.first.id() as i32
     }
 
-    /// Every process of the session with its state letter.
+    /// Every process of the session with its state letter: that of a thread that has not stopped, if there is one. A thread that sleeps is told
+    /// how long it still had to by the kernel, on its stack, when a signal interrupts it: only then has it stopped writing.
     fn members(&self) -> Vec<(i32, char)> {
         std::fs::read_dir("/proc")
             .unwrap()
@@ -78,7 +92,8 @@ impl Family {
                 let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
                 let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
                 let state = fields.next()?.chars().next()?;
-                (fields.nth(2)?.parse::<i32>().ok()? == self.pid()).then_some((pid, state))
+                let ours = fields.nth(2)?.parse::<i32>().ok()? == self.pid();
+                ours.then(|| (pid, awake(pid).unwrap_or(state)))
             })
             .collect()
     }
@@ -95,8 +110,7 @@ impl Family {
     pub fn stop(&self) {
         let mut quiet = 0;
         while quiet < 3 {
-            let running: Vec<_> =
-                self.members().into_iter().filter(|m| !matches!(m.1, 'T' | 'Z' | 'X')).collect();
+            let running: Vec<_> = self.members().into_iter().filter(|m| !is_still(m.1)).collect();
             quiet = if running.is_empty() { quiet + 1 } else { 0 };
             for (pid, _) in running {
                 // SAFETY: a process of the session that we started.
