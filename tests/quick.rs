@@ -124,7 +124,6 @@ fn device_files(dir: &Path) {
     mkdir(dir.join("shm"), 0o1777);
     mkdir(dir.join("pts"), 0o755);
     fs::write(dir.join("console"), b"").unwrap();
-    fs::set_permissions(dir.join("console"), PermissionsExt::from_mode(0o4755)).unwrap();
     symlink("/proc/self/fd", dir.join("fd")).unwrap();
     symlink("x".repeat(100), dir.join("core")).unwrap();
     nix::unistd::mkfifo(&dir.join("log"), mode).unwrap();
@@ -140,8 +139,9 @@ fn device_files(dir: &Path) {
         for (name, uid, gid) in [("console", 4_000_000_000, 7), ("fd", 3, 4), ("shm", 1000, 5)] {
             lchown(dir.join(name), Some(uid), Some(gid)).unwrap();
         }
-        fs::set_permissions(dir.join("console"), PermissionsExt::from_mode(0o4755)).unwrap();
     }
+    // an owner's change takes the bit away
+    fs::set_permissions(dir.join("console"), PermissionsExt::from_mode(0o4755)).unwrap();
     for (name, seconds) in [("log", -5), ("fd", 1 << 33), ("shm", 1)] {
         let time = TimeSpec::new(seconds, 0);
         utimensat(AT_FDCWD, &dir.join(name), &time, &time, UtimensatFlags::NoFollowSymlink).unwrap();

@@ -248,15 +248,11 @@ pub async fn describe(
         offer.net = Some(captured?);
     }
     let (criu, runtime) = (agent.config.criu.clone(), offer.runtime.clone());
-    let with_memory = offer.paged_memory > 0;
+    let paged = offer.paged_memory;
     let looked_up = tokio::task::spawn_blocking(move || {
-        let by_pages = with_memory && Criu::find(criu.as_deref()).is_ok_and(|c| c.dumps_without_memory());
-        (HostFacts::gather(criu.as_deref(), &runtime), by_pages)
+        let by_pages = paged > 0 && Criu::find(criu.as_deref()).is_ok_and(|c| c.dumps_without_memory());
+        (HostFacts::gather(criu.as_deref(), &runtime), if by_pages { paged } else { 0 })
     });
-    let by_pages;
-    (offer.host, by_pages) = looked_up.await.context("a thread")?;
-    if !by_pages {
-        offer.paged_memory = 0;
-    }
+    (offer.host, offer.paged_memory) = looked_up.await.context("a thread")?;
     Ok(())
 }

@@ -47,10 +47,7 @@ pub const STDERR: Fd = Fd(2);
 impl Fd {
     /// For reading.
     pub fn open(path: &CStr, flags: i32) -> Option<Fd> {
-        let flags = libc::O_RDONLY | libc::O_CLOEXEC | flags;
-        let args = [libc::AT_FDCWD as usize, path.as_ptr().expose_provenance(), flags as usize, 0, 0];
-        // SAFETY: a string that ends with nul, and numbers.
-        unsafe { call(libc::SYS_openat, args) }.map(Fd)
+        Fd(libc::AT_FDCWD as usize).open_in(path, flags)
     }
 
     /// Bytes that were read.

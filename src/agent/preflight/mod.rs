@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     containerd::content::check_digest,
+    migrate::stream,
     policy::{self, Policy, Violation, host::Source},
 };
 
@@ -22,8 +23,8 @@ pub use cpu::missing_features;
 
 /// The most blobs that one image may bring.
 const BLOBS: usize = 4096;
-/// More memory than this is never restored eagerly (`migrate::stream`).
-const EAGER: u64 = 32 << 20;
+/// More memory than this is never restored eagerly.
+const EAGER: u64 = stream::EAGER.eager_max + stream::EAGER.hot_max;
 /// So many things against a spec are named; the rest is counted.
 const NAMED: usize = 5;
 

@@ -23,6 +23,7 @@ use super::tmpfs::Piece;
 use crate::criu::ImageKind;
 use crate::criu::page_server::page_size;
 
+pub(crate) use receiver::EAGER;
 pub use receiver::Receiver;
 pub use sender::Sender;
 
