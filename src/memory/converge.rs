@@ -73,6 +73,10 @@ pub enum Decision {
 const ENOUGH: f64 = 0.004;
 /// A round that leaves more than this part of what the one before it left does not shrink.
 const SHRINKS: f64 = 0.7;
+/// A round that leaves so much of all that was ever copied at once was for nothing, and so would be the next one. (Where memory is
+/// protected as it is read, a writer of all of it finds no time for the last pages: of one that writes each page seven times a
+/// round, a seventh.) More than was copied is a container that grows.
+const HOPELESS: std::ops::RangeInclusive<f64> = 0.75..=1.1;
 /// Assumed while nothing was measured, bytes per second: 1 Gbit/s.
 const UNKNOWN_LINK: f64 = 117e6;
 
@@ -107,8 +111,13 @@ pub fn decide(rounds: &[RoundStats], budget: &Budget, link_rate: Option<f64>) ->
     if made as u32 >= budget.max_rounds || spent + rest > budget.max_time.as_secs_f64() && made > 0 {
         return rest_goes;
     }
-    // a burst of writes is no trend: what does not fit gets a second chance, what fits is frozen before it grows
-    let chances = if fits { 1 } else { 2 };
+    // a burst of writes is no trend: what does not fit gets a second chance, what fits is frozen before it grows. Where nearly all
+    // memory was written again and what is left may follow, another round costs the container its write faults once more and
+    // gains nothing.
+    let whole = rounds.iter().map(|r| r.bytes).max().unwrap_or(0);
+    let hopeless =
+        budget.mode == Mode::Auto && HOPELESS.contains(&(last.dirty_after_bytes as f64 / whole as f64));
+    let chances = if fits || hopeless { 1 } else { 2 };
     if idle_rounds(rounds) >= chances { rest_goes } else { Decision::Another }
 }
 
@@ -194,6 +203,21 @@ mod tests {
         assert!(rounds.len() <= 5, "{}", rounds.len());
         let (rounds, decision) = play(4000 * MB, 300e6, 117e6, &budget(Mode::PreCopy));
         assert_eq!((decision, rounds.len() <= 5), (Decision::Freeze, true));
+    }
+
+    #[test]
+    fn a_writer_of_all_its_memory_gets_one_round_if_the_rest_may_follow() {
+        let (rounds, decision) = play(1000 * MB, 4e9, 600e6, &budget(Mode::Auto));
+        assert_eq!((rounds.len(), decision), (2, Decision::FreezePostCopy), "the first look, and a round");
+        // in pre-copy what is left makes the freeze longer: that it was a burst is worth a try
+        let (rounds, decision) = play(1000 * MB, 4e9, 600e6, &budget(Mode::PreCopy));
+        assert_eq!((rounds.len(), decision), (3, Decision::Freeze));
+        // one that leaves a third of it alone is followed
+        let (rounds, _) = play(1000 * MB, 700e6, 600e6, &budget(Mode::Auto));
+        assert!(rounds.len() > 2);
+        // one that is still filling its memory, too
+        let filling = RoundStats { bytes: 3000 * MB, pages: 0, seconds: 18.0, dirty_after_bytes: 4900 * MB };
+        assert_eq!(decide(&[filling], &budget(Mode::Auto), Some(300e6)), Decision::Another);
     }
 
     #[test]

@@ -52,7 +52,8 @@ pub(super) struct Copier {
 impl Copier {
     /// Nothing is in the tasks before the first [`Copier::look`].
     pub fn new(tuning: &Tuning) -> Result<Copier> {
-        let tracker = tracker::open(kind()).context("opening the tracker of written pages")?;
+        let mut tracker = tracker::open(kind()).context("opening the tracker of written pages")?;
+        tracker.protect_late();
         let mut compressor = Compressor::new(tuning.compress);
         if let Some(limit) = tuning.bandwidth {
             compressor.limit(limit);
@@ -199,35 +200,39 @@ impl Copier {
             told += done;
             go_on(done)
         };
-        reader.read(source, pages, &mut |chunk| {
-            match &chunk {
-                Chunk::Data { vaddr, bytes } => {
-                    copied.bytes += bytes.len() as u64;
-                    done.insert(*vaddr..*vaddr + bytes.len() as u64);
-                    if is_shared {
-                        shared.note(space, *vaddr, bytes);
+        let mut read = |tracker: &mut dyn Tracker, pages: &RangeSet| {
+            let mut take = |chunk: Chunk<'_>| {
+                match &chunk {
+                    Chunk::Data { vaddr, bytes } => {
+                        copied.bytes += bytes.len() as u64;
+                        done.insert(*vaddr..*vaddr + bytes.len() as u64);
+                        if is_shared {
+                            shared.note(space, *vaddr, bytes);
+                        }
+                        if compares {
+                            tracker.sent(space, *vaddr, bytes);
+                        }
                     }
-                    if compares {
-                        tracker.sent(space, *vaddr, bytes);
+                    Chunk::Zero { vaddr, len } => {
+                        copied.zero_bytes += len;
+                        done.insert(*vaddr..*vaddr + len);
+                        if is_shared {
+                            shared.note_zero(space, *vaddr, *len);
+                        }
+                        if compares {
+                            tracker.sent_zero(space, *vaddr, *len);
+                        }
                     }
+                    Chunk::Gone { len, .. } => copied.gone_bytes += len,
                 }
-                Chunk::Zero { vaddr, len } => {
-                    copied.zero_bytes += len;
-                    done.insert(*vaddr..*vaddr + len);
-                    if is_shared {
-                        shared.note_zero(space, *vaddr, *len);
-                    }
-                    if compares {
-                        tracker.sent_zero(space, *vaddr, *len);
-                    }
+                match builder.push(chunk) {
+                    Some(payload) => ship(payload, &mut builder, copied),
+                    None => Ok(()),
                 }
-                Chunk::Gone { len, .. } => copied.gone_bytes += len,
-            }
-            match builder.push(chunk) {
-                Some(payload) => ship(payload, &mut builder, copied),
-                None => Ok(()),
-            }
-        })?;
+            };
+            reader.read(source, pages, &mut take).map(drop)
+        };
+        tracker::in_portions(&mut **tracker, source, pages, &mut read)?;
         if let Some(payload) = builder.finish() {
             ship(payload, &mut builder, copied)?;
         }

@@ -7,6 +7,7 @@
 //! | [`scan`] | PAGEMAP_SCAN and the words of pagemap |
 //! | [`uffd`] | the ioctls of a userfaultfd |
 //! | [`protect`] | tracker `uffd-wp` |
+//! | [`late`] | protecting right before reading |
 //! | [`shared`] | bookkeeping of shared memory: whose mappings, which have vanished |
 //! | [`soft_dirty`] | tracker `soft-dirty` |
 //! | [`hash`] | tracker `hash` |
@@ -14,8 +15,8 @@
 //! | [`still`] | a task held still for a moment |
 //! | [`probe`] | which of them work here |
 //!
-//! The rule for all: **protect first, then read.** A look names pages; their content is read after it. A write that comes in between
-//! is found by the next look. What was not watched all the time since the last look (a new mapping, a new task, another program
+//! The rule for all: **protect first, then read.** A look names pages; their content is read after it, by way of [`in_portions`]. A write
+//! that comes between protecting and reading is found by the next look. What was not watched all the time since the last look (a new mapping, a new task, another program
 //! after an exec) counts as written whole. A page that was named and has gone since needs no mention: CRIU does not list it.
 //!
 //! Writes that no page table sees are not found by any tracker but `hash`: a device's DMA into pages pinned before the look
@@ -25,6 +26,7 @@
 mod class;
 pub mod existing;
 mod hash;
+mod late;
 mod probe;
 mod protect;
 mod scan;
@@ -38,6 +40,7 @@ mod tests;
 mod uffd;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use anyhow::Result;
@@ -45,6 +48,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RangeSet, Space};
 
+pub use late::in_portions;
 pub use probe::{soft_dirty as try_soft_dirty, uffd_wp as try_uffd_wp};
 pub use task::{Task, tasks};
 
@@ -107,6 +111,20 @@ pub trait Tracker: Send {
     /// The first call starts tracking, and everything populated is "written". Later: what was written since. `last`: the tasks are
     /// frozen and nothing is protected again. New tasks, execs, forks and mappings are found by itself.
     fn look(&mut self, tasks: &[Task], last: bool) -> Result<Vec<Found>>;
+
+    /// From here on the first look at memory may leave it unprotected: everything is read by way of [`in_portions`].
+    fn protect_late(&mut self) {}
+
+    /// Did the last look leave memory of this source unprotected?
+    fn is_late(&self, _source: &Source) -> bool {
+        false
+    }
+
+    /// Protects what the last look left unprotected in `window`, and says which pages of it must be read after that: those that the look
+    /// named there and those written since.
+    fn protect(&mut self, _source: &Source, _window: Range<u64>) -> Result<RangeSet> {
+        Ok(RangeSet::new())
+    }
 
     /// Lifts what tracking costs the tasks and leaves nothing in them. Drop does the same. The next look would start anew.
     fn stop(&mut self) -> Result<()>;

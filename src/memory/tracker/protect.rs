@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::class::{Class, class, shmem_device};
-use super::scan::{Pagemap, Select};
+use super::scan::{Area, Pagemap, Select};
 use super::shared::Shared;
 use super::still::{Held, Still};
 use super::task::{Task, gone, replaced, share_memory, started};
@@ -33,6 +33,8 @@ const STILL_WITHIN: Duration = Duration::from_millis(500);
 pub struct UffdWp {
     watched: HashMap<i32, Watched>,
     shared: Shared,
+    /// See [`super::late`].
+    late: bool,
 }
 
 /// One task.
@@ -42,6 +44,8 @@ struct Watched {
     uffd: Option<Uffd>,
     /// Shared mappings that cannot be written, ever (SHM_RDONLY): the kernel does not register them.
     read_only: BTreeSet<(u64, u64)>,
+    /// Anonymous mappings that the last look registered and left unprotected.
+    unprotected: RangeSet,
 }
 
 impl UffdWp {
@@ -79,7 +83,10 @@ impl Tracker for UffdWp {
                 .watched
                 .entry(task.pid)
                 .or_insert_with(|| Watched { started: start, ..Default::default() });
-            let mut look = Look { task, last, watched, shared: &mut self.shared, refused: last };
+            // what nobody has read since is found, and protected, like everything that was written
+            watched.unprotected = RangeSet::new();
+            let (late, shared) = (self.late && !last, &mut self.shared);
+            let mut look = Look { task, last, late, watched, shared, refused: last };
             match look.all() {
                 Ok(written) if written.is_empty() => {}
                 Ok(written) => all.push(Found {
@@ -96,6 +103,34 @@ impl Tracker for UffdWp {
         }
         all.extend(self.shared.finish());
         Ok(all)
+    }
+
+    fn protect_late(&mut self) {
+        self.late = true;
+    }
+
+    fn is_late(&self, source: &Source) -> bool {
+        let Source::Task(pid) = source else { return false };
+        self.watched.get(pid).is_some_and(|w| !w.unprotected.is_empty())
+    }
+
+    fn protect(&mut self, source: &Source, window: Range<u64>) -> Result<RangeSet> {
+        let mut written = RangeSet::new();
+        let Source::Task(pid) = *source else { return Ok(written) };
+        let Some(watched) = self.watched.get_mut(&pid) else { return Ok(written) };
+        let due = watched.unprotected.clip(window);
+        for part in due.iter() {
+            watched.unprotected.remove(part.clone());
+            match protected(pid, part.clone()) {
+                Ok(found) => found.iter().for_each(|r| written.insert(r)),
+                Err(_) if gone(pid) => break,
+                Err(e) => {
+                    let what = format!("protecting {:x}-{:x} of task {pid}", part.start, part.end);
+                    return Err(e).context(what);
+                }
+            }
+        }
+        Ok(written)
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -119,6 +154,7 @@ impl Drop for UffdWp {
 struct Look<'a> {
     task: &'a Task,
     last: bool,
+    late: bool,
     watched: &'a mut Watched,
     shared: &'a mut Shared,
     /// Nothing can be registered: what is not watched is named whole, at each look.
@@ -235,8 +271,11 @@ impl Look<'_> {
                     // Markers in every place: from here on a place without an entry was written and reclaimed.
                     uffd.map(|u| u.protect(m.range.clone()).is_ok())
                 }
-                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m) {
+                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m, !self.may_wait(m)) {
                     Ok(all) => {
+                        if self.may_wait(m) {
+                            self.watched.unprotected.insert(m.range.clone());
+                        }
                         all.iter().for_each(|r| written.insert(r));
                         Some(true)
                     }
@@ -265,6 +304,11 @@ impl Look<'_> {
         Ok(written)
     }
 
+    /// Protecting this mapping may wait until it is read.
+    fn may_wait(&self, m: &Mapping) -> bool {
+        self.late && Area::from(m).is_anonymous()
+    }
+
     /// False: that is not possible (gone, MAP_DROPPABLE, tracked by somebody else, or never written).
     fn register(&mut self, m: &Mapping) -> bool {
         let Some(uffd) = &self.watched.uffd else { return false };
@@ -277,11 +321,21 @@ impl Look<'_> {
     }
 }
 
-/// Protects what is populated and names it.
-fn adopted(pagemap: &mut Pagemap, uffd: &Uffd, m: &Mapping) -> io::Result<RangeSet> {
-    let (all, stale) = pagemap.adopt(m)?;
+/// Names what is populated, and protects it if `now`.
+fn adopted(pagemap: &mut Pagemap, uffd: &Uffd, m: &Mapping, now: bool) -> io::Result<RangeSet> {
+    let (all, stale) = pagemap.adopt(m, now)?;
     stale.iter().try_for_each(|r| uffd.protect(r))?;
     Ok(all)
+}
+
+/// Protects what was written in a part of a mapping that was registered as anonymous memory, and names it. What is there now may be
+/// something else: the kernel says so, perhaps after it has protected a part; then all of it is named.
+fn protected(pid: i32, part: Range<u64>) -> Result<RangeSet> {
+    let mut pagemap = Pagemap::open(pid)?;
+    Ok(match pagemap.scan(Area::anonymous(part.clone()), Select::Written, true) {
+        Err(e) if unwatched(&e) => pagemap.scan(part, Select::Populated, false)?,
+        other => other?,
+    })
 }
 
 fn describe(m: &Mapping) -> String {

@@ -32,7 +32,9 @@ const GUARD: u64 = 1 << 8; // Linux 6.15
 pub enum Select {
     /// What CRIU would dump of a private mapping: present or swapped; not the zero page, a page of the file, or a guard page.
     Populated,
-    /// The same and guard pages, told apart by [`Pagemap::existing`]. Only with PAGEMAP_SCAN.
+    /// The same, of a range that is wholly under tracking; EPERM where it is not.
+    Tracked,
+    /// Populated pages and guard pages, told apart by [`Pagemap::existing`]. Only with PAGEMAP_SCAN.
     Existing,
     /// Guard pages. Only with PAGEMAP_SCAN; none on kernels before 6.15.
     Guards,
@@ -55,6 +57,18 @@ pub struct Area {
     /// Pages of a file may be there. To tell them from the task's own the kernel looks at each page, which takes it four times as long
     /// as reading the page tables.
     files: bool,
+}
+
+impl Area {
+    /// No page of a file can be there.
+    pub fn anonymous(range: Range<u64>) -> Area {
+        Area { range, files: false }
+    }
+
+    /// Is that certain?
+    pub fn is_anonymous(&self) -> bool {
+        !self.files
+    }
 }
 
 impl From<&Mapping> for Area {
@@ -131,12 +145,12 @@ impl Pagemap {
         Ok(found)
     }
 
-    /// As [`Self::scan`] with [`Select::Populated`] and `protect`, and as the second answer the pages that the kernel believes to
+    /// As [`Self::scan`] with [`Select::Tracked`], and as the second answer the pages that the kernel believes to
     /// be protected already. In a range that has only just come under tracking there are none, but for kernels whose mremap left
     /// the protection bit in the moved entries (before 6.13).
-    pub fn adopt(&mut self, area: impl Into<Area>) -> io::Result<(RangeSet, RangeSet)> {
+    pub fn adopt(&mut self, area: impl Into<Area>, protect: bool) -> io::Result<(RangeSet, RangeSet)> {
         let (mut all, mut stale) = (RangeSet::new(), RangeSet::new());
-        self.each(area.into(), Select::Populated, true, |pages, categories| {
+        self.each(area.into(), Select::Tracked, protect, |pages, categories| {
             if categories & (WRITTEN | SWAPPED) == 0 {
                 stale.insert(pages.clone());
             }
@@ -218,6 +232,10 @@ impl Pagemap {
         };
         match select {
             Select::Populated => arg.return_mask = WRITTEN | SWAPPED,
+            Select::Tracked => {
+                arg.return_mask = WRITTEN | SWAPPED;
+                arg.flags |= PM_SCAN_CHECK_WPASYNC;
+            }
             Select::Existing => {
                 (arg.category_inverted, arg.category_mask) = (not & !GUARD, not & !GUARD);
                 arg.return_mask = guard;

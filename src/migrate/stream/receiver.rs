@@ -25,7 +25,7 @@ use crate::rootfs::{Apply, Entry, Sink, WritableLayer};
 
 /// What CRIU restores itself. Less than this is there sooner than the page daemon could serve it; of more, what was written
 /// last will be touched first.
-pub(crate) const EAGER: EagerPolicy = EagerPolicy { eager_max: 24 << 20, hot_max: 8 << 20 };
+pub(crate) const EAGER: EagerPolicy = EagerPolicy { eager_max: 24 << 20, hot_max: 1 << 20 };
 
 /// Where memory goes.
 enum Memory {

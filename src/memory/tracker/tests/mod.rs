@@ -153,13 +153,17 @@ impl Model {
         let mut page = vec![0; PAGE as usize];
         for found in all {
             let Ok(file) = source(&found.source) else { continue };
-            for at in found.written.iter().flat_map(|r| (r.start..r.end).step_by(PAGE as usize)) {
-                if file.read_exact_at(&mut page, at).is_ok() {
-                    tracker.sent(found.space, at, &page);
-                    self.pages.insert((found.space, at), page.clone());
-                    self.copied += 1;
+            let mut read = |tracker: &mut dyn Tracker, pages: &RangeSet| {
+                for at in pages.iter().flat_map(|r| (r.start..r.end).step_by(PAGE as usize)) {
+                    if file.read_exact_at(&mut page, at).is_ok() {
+                        tracker.sent(found.space, at, &page);
+                        self.pages.insert((found.space, at), page.clone());
+                        self.copied += 1;
+                    }
                 }
-            }
+                Ok(())
+            };
+            in_portions(tracker, &found.source, &found.written, &mut read).unwrap();
         }
     }
 
@@ -218,11 +222,14 @@ fn missing(kind: TrackerKind) -> Option<String> {
 }
 
 /// One run; gives the pages compared and those copied.
-fn moves(kind: TrackerKind, deeds: &str, seed: u64) -> (u64, u64) {
+fn moves(kind: TrackerKind, late: bool, deeds: &str, seed: u64) -> (u64, u64) {
     let mut family = Family::start(deeds, seed);
     let mut random = child::Random(seed);
     std::thread::sleep(Duration::from_millis(30 + random.below(60) as u64));
     let (mut tracker, mut model) = (open(kind).unwrap(), Model::default());
+    if late {
+        tracker.protect_late();
+    }
     for _ in 0..6 {
         let found = tracker.look(&family.tasks(), false).unwrap();
         model.copy(&mut *tracker, &found);
@@ -253,7 +260,7 @@ fn seeds() -> std::ops::Range<u64> {
     from..from + n
 }
 
-fn every_deed(kind: TrackerKind) {
+fn every_deed(kind: TrackerKind, late: bool) {
     if let Some(why) = missing(kind) {
         println!("skipped: {kind}: {why}");
         return;
@@ -267,7 +274,7 @@ fn every_deed(kind: TrackerKind) {
         };
         for deed in deeds {
             let began = Instant::now();
-            let (n, copied) = moves(kind, deed, seed);
+            let (n, copied) = moves(kind, late, deed, seed);
             println!("{kind} {deed}:{seed}: {n} pages right, {copied} copied, {:?}", began.elapsed());
         }
     }
@@ -275,17 +282,60 @@ fn every_deed(kind: TrackerKind) {
 
 #[test]
 fn write_protection_misses_nothing() {
-    every_deed(TrackerKind::UffdWp);
+    every_deed(TrackerKind::UffdWp, false);
+}
+
+#[test]
+fn protecting_late_misses_nothing() {
+    every_deed(TrackerKind::UffdWp, true);
+}
+
+/// What is named first is protected when it is read, and not before: a page that is written in between is no news later.
+#[test]
+fn what_is_written_before_it_is_read_is_read_once() {
+    if let Some(why) = missing(TrackerKind::UffdWp) {
+        println!("skipped: {why}");
+        return;
+    }
+    let family = Family::start("idle", 1);
+    let (tasks, source) = (family.tasks(), Source::Task(family.pid()));
+    let memory = File::options().read(true).write(true).open(format!("/proc/{}/mem", family.pid())).unwrap();
+    let write = |at| {
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at).unwrap();
+        memory.write_all_at(&byte, at).unwrap();
+    };
+    let heap = mappings(family.pid()).unwrap().into_iter().find(|m| m.name == "[heap]").unwrap().range;
+    let mut tracker = open(TrackerKind::UffdWp).unwrap();
+    tracker.protect_late();
+    let first = tracker.look(&tasks, false).unwrap();
+    let of_us = first.iter().find(|f| f.source == source).unwrap();
+    let pages = of_us.written.span(heap).unwrap();
+    let (early, later) = (pages.start, pages.end - PAGE);
+    assert!(tracker.is_late(&source) && early < later);
+    write(early);
+    let mut read = RangeSet::new();
+    let mut note = |_: &mut dyn Tracker, pages: &RangeSet| {
+        read = read.union(pages);
+        Ok(())
+    };
+    in_portions(&mut *tracker, &source, &of_us.written, &mut note).unwrap();
+    assert!(of_us.written.difference(&read).is_empty());
+    write(later);
+    let second = tracker.look(&tasks, false).unwrap();
+    let found = |at| second.iter().any(|f| f.source == source && f.written.contains(at));
+    assert!(found(later) && !found(early), "{early:x}, {later:x}: {second:x?}");
+    assert!(!tracker.is_late(&source), "the second look protects by itself");
 }
 
 #[test]
 fn soft_dirty_misses_nothing() {
-    every_deed(TrackerKind::SoftDirty);
+    every_deed(TrackerKind::SoftDirty, false);
 }
 
 #[test]
 fn comparing_misses_nothing() {
-    every_deed(TrackerKind::Hash);
+    every_deed(TrackerKind::Hash, false);
 }
 
 #[test]

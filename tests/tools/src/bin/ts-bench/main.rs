@@ -1,8 +1,10 @@
 //! `hack/bench`'s own program: workloads times systems on the same two nodes, medians, ratios.
 //!
 //! Here: options and the order of things. `bed.rs` and `node.rs` are the two nodes as seen from outside and inside, `workload.rs` what
-//! is moved, `systems/` who moves it, `cell.rs` one measurement, `summary.rs` what comes of many, `picture.rs` and `page.rs` show it.
+//! is moved, `systems/` who moves it, `cell.rs` one measurement, `summary.rs` what comes of many, `picture.rs` and `page.rs` show it,
+//! `again.rs` brings back what was measured before.
 
+mod again;
 mod bed;
 mod cell;
 mod copy;
@@ -19,7 +21,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use transship_testtools::args::Args;
 
 use bed::Bed;
@@ -38,6 +40,7 @@ const HELP: &str = "ts-bench run [options]   (by hack/bench, which makes what is
   --out FILE            the machine, and every figure of every run, as JSON
   --picture FILE        the gaps as SVG
   --page FILE           the tables, into a Markdown file between its marks
+ts-bench show FILE...    what runs wrote with --out, into --picture and --page again; of what is in several the last one's
 ts-bench node            the helper inside a node";
 
 const QUICK: (&[&str], &[&str]) = (&["redis-1g", "writer-1g-100"], &["transship", "runc"]);
@@ -119,6 +122,27 @@ fn programs(bed: &mut Bed) -> Vec<(&'static str, String)> {
 
 fn write(path: &str, content: &str) -> Result<(), String> {
     std::fs::write(path, content).map_err(|e| format!("{path}: {e}"))
+}
+
+/// The picture and the page, if they are asked for.
+fn show(args: &Args, machine: &Value, rows: &[Row]) -> Result<(), String> {
+    if let Some(path) = args.option("picture") {
+        let about = ["date", "cpu", "kernel"].map(|n| machine[n].as_str().unwrap_or("?")).join(", ");
+        write(path, &picture::svg(rows, &about))?;
+    }
+    if let Some(path) = args.option("page") {
+        let measured = workload::ALL.iter().filter(|w| rows.iter().any(|r| r.workload == w.name));
+        let page = std::fs::read_to_string(path).unwrap_or_default();
+        write(path, &page::insert(&page, &page::tables(rows, &measured.collect::<Vec<_>>(), machine)))?;
+    }
+    Ok(())
+}
+
+/// Earlier runs.
+fn show_again(args: &mut Args) -> Result<bool, String> {
+    let files: Vec<String> = std::iter::from_fn(|| args.position("FILE").ok()).collect();
+    let (machine, rows) = again::read(&files)?;
+    show(args, &machine, &rows).map(|()| true)
 }
 
 fn run(args: &Args) -> Result<bool, String> {
@@ -224,14 +248,7 @@ fn run(args: &Args) -> Result<bool, String> {
     if let Some(path) = args.option("out") {
         write(path, &format!("{:#}\n", json!({"machine": machine, "rows": summary::json(&rows, true)})))?;
     }
-    if let Some(path) = args.option("picture") {
-        let about = ["date", "cpu", "kernel"].map(|n| machine[n].as_str().unwrap_or("?")).join(", ");
-        write(path, &picture::svg(&rows, &about))?;
-    }
-    if let Some(path) = args.option("page") {
-        let page = std::fs::read_to_string(path).unwrap_or_default();
-        write(path, &page::insert(&page, &page::tables(&rows, &workloads, &machine)))?;
-    }
+    show(args, &machine, &rows)?;
     if args.flag("json") {
         println!("{}", summary::json(&rows, false));
     }
@@ -240,9 +257,10 @@ fn run(args: &Args) -> Result<bool, String> {
 
 fn main() -> ExitCode {
     let mut args = Args::new(std::env::args().skip(1), &["help", "quick", "json", "list"]);
-    let result = match args.position("run or node").as_deref() {
+    let result = match args.position("run, show or node").as_deref() {
         Ok("node") => node::run().map(|()| true),
         Ok("run") => run(&args),
+        Ok("show") => show_again(&mut args),
         _ => Err(HELP.into()),
     };
     match result {

@@ -81,6 +81,7 @@ pub fn json(rows: &[Row], full: bool) -> Value {
             value["slowdown_pct"] = json!(row.median_some(|f| f.slowdown_pct));
             value["write_cost_pct"] = json!(row.median_some(|f| f.write_cost_pct));
             value["extra_bytes"] = json!(row.median(|f| f.extra_bytes as f64).map(|b| b as u64));
+            value["errors"] = json!(row.errors);
             value["runs"] = row.runs.iter().map(Figures::json).collect();
         }
         value

@@ -100,7 +100,7 @@ pub const ALL: &[Workload] = &[
         )
     },
     Workload {
-        max_runs: 3,
+        max_runs: 5,
         link: Some("1gbit"),
         ..load(
             "writer-8g-50",
