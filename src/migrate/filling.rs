@@ -49,11 +49,12 @@ impl Started {
         shared.state().remote = plan.remote.iter().map(|(_, pages)| pages.bytes()).sum();
         let remote: Option<Box<dyn Remote>> = match plan.remote.is_empty() {
             true => None,
-            false => {
-                link.wire().low_latency(true);
-                let (link, shared) = (link.clone(), shared.clone());
-                Some(Box::new(Peer { link, shared, scratch: Vec::new(), done: false }))
-            }
+            false => Some(Box::new(Peer {
+                link: link.clone(),
+                shared: shared.clone(),
+                scratch: Vec::new(),
+                done: false,
+            })),
         };
         let sets = LazySets { lazy: plan.lazy.clone(), remote: plan.remote.clone() };
         let thread = {

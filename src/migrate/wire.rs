@@ -224,12 +224,11 @@ impl Wire {
         self.io.get_ref().fd()
     }
 
-    /// On: little waits in the socket, of what is sent and of what has come, so that what is sent next (the answer to a page
-    /// fault) does not stand in line behind megabytes: with a receiver that is slower than the link that was 40 ms. A sender
-    /// then wakes up more often: off for bulk. What may wait of what has come stays little.
+    /// On: little of what is sent waits in the socket, so that what is sent next (the answer to a page fault) does not stand
+    /// in line behind megabytes. A sender then wakes up more often: off for bulk.
     pub fn low_latency(&mut self, on: bool) {
         if let Err(e) = self.io.get_mut().low_latency(on) {
-            log::warn!("the connection's buffers stay as they are: {e}");
+            log::warn!("the connection's send buffer stays as it is: {e}");
         }
     }
 

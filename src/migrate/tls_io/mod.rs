@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, getsockopt, recv, send, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, recv, send};
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
@@ -36,13 +36,8 @@ const MAX_RECORD: usize = RECORD + 512;
 const HELD: usize = 4 << 20;
 /// What is said of a connection that had its deadline.
 const OUT_OF_TIME: &str = "it took too long";
-/// With low latency: bytes in the socket that TCP has not sent yet,
+/// With low latency: bytes in the socket that TCP has not sent yet.
 const LOW_WATER: libc::c_int = 64 << 10;
-/// and bytes that the peer may send before they are read: what a link of 10 Gbit/s brings in 0.2 ms. (The first of them may be
-/// more: what was allowed once stays allowed.)
-const WINDOW: libc::c_int = 256 << 10;
-/// With it the receive buffer stays as it is, or becomes this large (the kernel doubles it, for its own needs).
-const INBOX: usize = 512 << 10;
 
 enum Side {
     Client(Box<UnbufferedClientConnection>),
@@ -302,20 +297,6 @@ impl TlsIo {
         }
         Ok(())
     }
-
-    fn option(&self, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
-        // SAFETY: the descriptor is open, and the value is an int that lives through the call.
-        let rc = unsafe {
-            libc::setsockopt(
-                self.tcp.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                name,
-                (&raw const value).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
 }
 
 fn tls(e: rustls::Error) -> io::Error {
@@ -390,15 +371,17 @@ impl Transport for TlsIo {
 
     fn low_latency(&mut self, on: bool) -> io::Result<()> {
         // 0: what the system says (tcp_notsent_lowat), which is no limit
-        self.option(libc::TCP_NOTSENT_LOWAT, if on { LOW_WATER } else { 0 })?;
-        if !on {
-            return Ok(());
-        }
-        // A buffer of the kernel's choice grows, and the window with it. One that became smaller would lose what is on its way.
-        let now = getsockopt(&self.tcp, sockopt::RcvBuf)? / 2;
-        if let Err(e) = setsockopt(&self.tcp, sockopt::RcvBufForce, &now.max(INBOX)) {
-            log::debug!("the receive buffer goes on growing: {e}");
-        }
-        self.option(libc::TCP_WINDOW_CLAMP, WINDOW)
+        let bytes: libc::c_int = if on { LOW_WATER } else { 0 };
+        // SAFETY: the descriptor is open, and the value is an int that lives through the call.
+        let rc = unsafe {
+            libc::setsockopt(
+                self.tcp.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_NOTSENT_LOWAT,
+                (&raw const bytes).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
