@@ -16,8 +16,9 @@
 //! | [`probe`] | which of them work here |
 //!
 //! The rule for all: **protect first, then read.** A look names pages; their content is read after it, by way of [`in_portions`]. A write
-//! that comes between protecting and reading is found by the next look. What was not watched all the time since the last look (a new mapping, a new task, another program
-//! after an exec) counts as written whole. A page that was named and has gone since needs no mention: CRIU does not list it.
+//! that comes between protecting and reading is found by the next look. What was not watched all the time since the last look (a new
+//! mapping, a new task, another program after an exec) counts as written whole. A page that was named and has gone since needs no
+//! mention: CRIU does not list it.
 //!
 //! Writes that no page table sees are not found by any tracker but `hash`: a device's DMA into pages pinned before the look
 //! (an O_DIRECT read in flight, RDMA). Shared memory has one hole more: a task, or a second mapping, that comes *and* goes between two

@@ -123,7 +123,8 @@ impl Tracker for UffdWp {
             watched.unprotected.remove(part.clone());
             match protected(pid, part.clone()) {
                 Ok(found) => found.iter().for_each(|r| written.insert(r)),
-                Err(_) if gone(pid) => break,
+                // the next look names everything that there is then
+                Err(e) if gone(pid) || replaced(&e) => break,
                 Err(e) => {
                     let what = format!("protecting {:x}-{:x} of task {pid}", part.start, part.end);
                     return Err(e).context(what);
