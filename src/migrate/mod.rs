@@ -35,6 +35,7 @@
 //! | [`source`] | the order of a migration on the source: commit, or roll back |
 //! | [`prepared`] | what the source finds out before the freeze |
 //! | [`precopy`] | rounds while the container runs |
+//! | [`slowdown`] | how much the first round may slow the container down |
 //! | [`copier`] | memory asked for, read and sent; what the destination has |
 //! | [`layers`], [`tmpfs`] | the writable layer and the content of tmpfs files, in rounds |
 //! | [`still`] | tasks that stand still, and how they are let go |
@@ -88,6 +89,7 @@ pub mod report;
 pub mod seal;
 mod shared;
 pub mod shown;
+mod slowdown;
 pub mod source;
 mod still;
 pub mod stream;

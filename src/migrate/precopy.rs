@@ -1,7 +1,7 @@
 //! Pre-copy on the source: rounds of memory and writable layer while the container runs, until the rest fits the downtime that
 //! is allowed or no longer shrinks. The decision itself is [`crate::memory::converge`]'s.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -18,6 +18,7 @@ use super::layers::Layers;
 use super::prepared::Prepared;
 use super::protocol::{self, Prepare, Ready};
 use super::report::{Clock, Round, millis};
+use super::slowdown::{Slowdown, Usual};
 use super::tmpfs::{self, Tmpfs};
 use super::turn::{Turn, Turns};
 use crate::control::Event;
@@ -78,11 +79,13 @@ pub(super) fn run(
         tmpfs,
         all: Vec::new(),
         stats: Vec::new(),
+        usual: None,
         destination_waits: false,
     };
     let mut decision = converge::decide(&[], &budget, None);
     let mut found = Vec::new();
     if decision == Decision::Another {
+        rounds.usual = Some(Usual::watch(rounds.pids()?));
         found = rounds.look()?;
         while decision == Decision::Another {
             found = rounds.one(&found, clock)?;
@@ -160,6 +163,8 @@ struct Rounds<'a> {
     tmpfs: Option<&'a mut Tmpfs>,
     all: Vec<Round>,
     stats: Vec<RoundStats>,
+    /// What the tasks did before the first round.
+    usual: Option<Usual>,
     /// Then nobody is to wait for the processor any more.
     destination_waits: bool,
 }
@@ -194,7 +199,10 @@ impl Rounds<'_> {
         cx.link.json(Kind::Round, &protocol::Round { n, bytes: bytes_of(found) })?;
         let (sent, shown) = (Cell::new(0), Cell::new(0));
         let background = (!self.destination_waits).then(Background::enter);
+        let slowdown = RefCell::new(self.usual.take().map(Usual::copying));
         let copied = self.copier.send(found, cx.link, &|bytes| {
+            let owed = slowdown.borrow_mut().as_mut().map(Slowdown::owed);
+            std::thread::sleep(owed.unwrap_or_default());
             sent.set(sent.get() + bytes);
             if sent.get() - shown.get() > 8 << 20 {
                 shown.set(sent.get());

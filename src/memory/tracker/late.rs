@@ -81,6 +81,6 @@ mod tests {
             all
         };
         assert_eq!(portions(true), [0, 1, 2, 900].map(|n| RangeSet::from(at(n, 0)..at(n + 1, 0))));
-        assert_eq!(portions(false), [pages.clone()]);
+        assert_eq!(portions(false), std::slice::from_ref(&pages));
     }
 }
