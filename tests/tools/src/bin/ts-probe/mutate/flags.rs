@@ -53,7 +53,12 @@ impl Flags {
         }
     }
 
+    /// A move between two reads of the file tears it: what is wrong is wrong the second time, too.
     fn look(&self) -> Checked {
+        self.look_once().or_else(|_| self.look_once())
+    }
+
+    fn look_once(&self) -> Checked {
         let smaps = std::fs::read_to_string("/proc/self/smaps").map_err(|e| format!("smaps: {e}"))?;
         let mut said: Vec<(Range<usize>, &str)> = Vec::new();
         let mut at = 0..0;
