@@ -17,7 +17,7 @@ use super::scan::{PAGE, Pagemap, Select};
 use super::shared::{data, map_file};
 use super::*;
 use crate::criu::ImageKind;
-use crate::memory::maps::mappings;
+use crate::memory::maps::{Mapping, mappings};
 
 /// A process that does deeds, and its descendants: all in a session of their own.
 pub struct Family {
@@ -314,6 +314,15 @@ fn what_is_written_before_it_is_read_is_read_once() {
     let (early, later) = (pages.start, pages.end - PAGE);
     assert!(tracker.is_late(&source) && early < later);
     write(early);
+    // and one that there was not: in a mapping that was named in part, a thread's stack for example
+    let anonymous = |m: &Mapping| m.write && !m.shared && m.inode == 0 && !m.name.starts_with("[v");
+    let fresh = mappings(family.pid())
+        .unwrap()
+        .into_iter()
+        .filter(|m| anonymous(m) && of_us.written.overlapping(m.range.clone()).next().is_some())
+        .find_map(|m| m.range.step_by(PAGE as usize).find(|at| !of_us.written.contains(*at)))
+        .expect("a page that nobody has touched");
+    write(fresh);
     let mut read = RangeSet::new();
     let mut note = |_: &mut dyn Tracker, pages: &RangeSet| {
         read = read.union(pages);
@@ -325,6 +334,7 @@ fn what_is_written_before_it_is_read_is_read_once() {
     let second = tracker.look(&tasks, false).unwrap();
     let found = |at| second.iter().any(|f| f.source == source && f.written.contains(at));
     assert!(found(later) && !found(early), "{early:x}, {later:x}: {second:x?}");
+    assert!(read.contains(fresh) || found(fresh), "{fresh:x} is lost: {second:x?}");
     assert!(!tracker.is_late(&source), "the second look protects by itself");
 }
 
