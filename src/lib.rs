@@ -19,6 +19,7 @@
 //! | [`cli`] | the operator's command line |
 //! | [`doctor`] | is this node fit, and what to do about it |
 //! | [`private`] | no core dumps, a umask, directories and files for root only |
+//! | [`procstat`] | the fields of /proc/PID/stat |
 //! | [`program`] | the files of our own programs, for whoever starts them again |
 //!
 //! The shim (`shim/`, binary `containerd-shim-transship-v2`) uses `migrate`, `memory`, `criu`, `cgroup`, `net`, `rootfs`, `control` and `tls`;
@@ -40,6 +41,7 @@ pub mod migrate;
 pub mod net;
 pub mod policy;
 pub mod private;
+pub mod procstat;
 pub mod program;
 pub mod rootfs;
 pub mod tls;

@@ -37,7 +37,7 @@ use crate::criu::gate::At;
 use crate::criu::{self, Criu, GateServer};
 use crate::program::Programs;
 use crate::rootfs::{KeptTimes, WritableLayer};
-use crate::{journal, net};
+use crate::{journal, net, procstat};
 
 /// What the destination needs of the shim's container, which was created as an incoming one.
 pub trait DestinationTask: Send {
@@ -421,8 +421,7 @@ fn restored_tasks(script: i32) -> Vec<i32> {
 
 fn parent(pid: i32) -> Option<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // the name is in parentheses and may hold anything
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    procstat::field(&stat, 4)
 }
 
 fn children(pid: i32) -> Vec<i32> {

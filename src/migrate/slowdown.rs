@@ -3,8 +3,9 @@
 //! which all of it is, waits now and then. Later rounds are what a migration converges by, and are not held up.
 //! Whether the copying takes the processor away is [`super::background`]'s business.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
+
+use crate::procstat::field;
 
 /// What one fault costs the thread that takes it. Measured (virtual machine, Xeon, mitigations on): 1.1 us.
 const FAULT: Duration = Duration::from_micros(1);
@@ -27,7 +28,7 @@ struct Done {
 impl Done {
     /// Of all these tasks (thread group leaders), of which some may have ended.
     fn of(pids: &[i32]) -> Done {
-        let stat = |pid| std::fs::read_to_string(Path::new("/proc").join(format!("{pid}/stat"))).ok();
+        let stat = |pid| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
         pids.iter().filter_map(|pid| parse(&stat(pid)?)).fold(Done::default(), |all, one| Done {
             faults: all.faults + one.faults,
             busy: all.busy + one.busy,
@@ -45,10 +46,8 @@ impl Done {
 
 /// proc_pid_stat(5): minflt is field 10, utime and stime are 14 and 15, in ticks of USER_HZ (100 everywhere).
 fn parse(stat: &str) -> Option<Done> {
-    // the name (field 2) may hold spaces and brackets
-    let fields: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
-    let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
-    Some(Done { faults: field(10)?, busy: Duration::from_millis((field(14)? + field(15)?) * 10) })
+    let ticks = field::<u64>(stat, 14)? + field::<u64>(stat, 15)?;
+    Some(Done { faults: field(stat, 10)?, busy: Duration::from_millis(ticks * 10) })
 }
 
 /// How long to wait, when in `elapsed` (of which `waited` were waits) tasks that used the processor for `busy` took so many faults

@@ -72,9 +72,7 @@ impl Inherited {
 
 /// Out of `/proc/PID/stat`.
 fn nice_of(stat: &str) -> Option<i32> {
-    // the name of the program may have spaces
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(16)?.parse().ok()
+    crate::procstat::field(stat, 19)
 }
 
 /// Out of `/proc/PID/limits`: name, soft, hard, unit.

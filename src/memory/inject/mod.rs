@@ -293,7 +293,7 @@ fn living_thread(pid: i32) -> Result<i32> {
 /// The letter after the name in /proc/.../stat.
 fn state(path: &str) -> Option<char> {
     let text = fs::read_to_string(path).ok()?;
-    text[text.rfind(')')? + 1..].trim_start().chars().next()
+    crate::procstat::field(&text, 3)
 }
 
 /// Who traces the task already?

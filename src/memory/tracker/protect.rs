@@ -266,15 +266,17 @@ impl Look<'_> {
         let (mut right, mut wrong) = (0, 0);
         for (m, kind, registered) in &new {
             let uffd = self.watched.uffd.as_ref().filter(|_| *registered);
+            // protecting it may wait until it is read
+            let late = self.late && Area::from(m).is_anonymous();
             let ours = match (kind, uffd) {
                 (Class::Shared { shmid }, uffd) => {
                     self.shared.unwatched(*shmid, pid, m);
                     // Markers in every place: from here on a place without an entry was written and reclaimed.
                     uffd.map(|u| u.protect(m.range.clone()).is_ok())
                 }
-                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m, !self.may_wait(m)) {
+                (_, Some(uffd)) => match adopted(&mut pagemap, uffd, m, !late) {
                     Ok(all) => {
-                        if self.may_wait(m) {
+                        if late {
                             self.watched.unprotected.insert(m.range.clone());
                         }
                         all.iter().for_each(|r| written.insert(r));
@@ -303,11 +305,6 @@ impl Look<'_> {
             self.watched.read_only.clear();
         }
         Ok(written)
-    }
-
-    /// Protecting this mapping may wait until it is read.
-    fn may_wait(&self, m: &Mapping) -> bool {
-        self.late && Area::from(m).is_anonymous()
     }
 
     /// False: that is not possible (gone, MAP_DROPPABLE, tracked by somebody else, or never written).

@@ -33,8 +33,7 @@ fn leader(status: &str, pid: i32) -> Option<u64> {
 /// What tells a task from a later one with the same pid: its start time in clock ticks. None when it has ended.
 pub fn started(pid: i32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Field 22; the name (field 2) may hold spaces and brackets.
-    text[text.rfind(')')? + 1..].split_whitespace().nth(19)?.parse().ok()
+    crate::procstat::field(&text, 22)
 }
 
 /// Ended, or a zombie.
