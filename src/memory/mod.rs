@@ -9,6 +9,7 @@
 //! | [`inject`] | one system call inside a running task (ptrace) |
 //! | [`tracker`] | which pages were written since the last look: userfaultfd write protection, soft-dirty, hashes |
 //! | [`read`] | pages of a running or frozen task, zero pages found |
+//! | [`buffer`] | memory of ours for a container's pages |
 //! | [`batch`] | pages on the wire: many runs in one frame |
 //! | [`sets`] | ranges of a space on the wire: what is wanted, what is still on the source |
 //! | [`compress`] | none, lz4, zstd, and the choice between them |
@@ -20,6 +21,7 @@
 //! What a migration does with these, in which order, is [`crate::migrate`]'s business; CRIU's images are [`crate::criu`]'s.
 
 pub mod batch;
+mod buffer;
 pub mod compress;
 pub mod converge;
 pub mod daemon;

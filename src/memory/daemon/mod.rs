@@ -20,7 +20,6 @@
 //! A descriptor is only ever closed when its memory is complete or gone; on every other way out it stays open, and its tasks
 //! wait rather than read zeros.
 
-mod buffer;
 mod consumer;
 mod ctl;
 mod engine;

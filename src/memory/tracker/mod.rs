@@ -14,6 +14,7 @@
 //! | [`sent`] | what was sent, as hashes |
 //! | [`still`] | a task held still for a moment |
 //! | [`probe`] | which of them work here |
+//! | [`cost`] | what a write to a protected page costs here |
 //!
 //! The rule for all: **protect first, then read.** A look names pages; their content is read after it, by way of [`in_portions`]. A write
 //! that comes between protecting and reading is found by the next look. What was not watched all the time since the last look (a new
@@ -25,6 +26,7 @@
 //! looks.
 
 mod class;
+mod cost;
 pub mod existing;
 mod hash;
 mod late;
@@ -49,6 +51,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RangeSet, Space};
 
+pub use cost::write_fault;
 pub use late::in_portions;
 pub use probe::{soft_dirty as try_soft_dirty, uffd_wp as try_uffd_wp};
 pub use task::{Task, tasks};

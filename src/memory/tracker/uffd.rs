@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd};
 
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
@@ -21,6 +21,15 @@ const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 pub struct Uffd(OwnedFd);
 
 impl Uffd {
+    /// Of this process's own memory.
+    pub fn own() -> io::Result<Self> {
+        // SAFETY: the call takes flags only.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        check(fd as i32)?;
+        // SAFETY: a fresh descriptor that nobody else owns.
+        Self::handshake(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
     /// The first call on a fresh descriptor: asynchronous write protection.
     pub fn handshake(fd: OwnedFd) -> io::Result<Self> {
         let features = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC;

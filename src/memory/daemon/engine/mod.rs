@@ -15,7 +15,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 
-use super::buffer::Buffer;
 use super::consumer::Consumer;
 use super::ctl::{Histogram, Order};
 use super::handshake::{Connection, Listener, Said};
@@ -23,6 +22,7 @@ use super::pieces::{Pieces, Spent};
 use super::{DaemonConfig, DaemonCtl, DaemonEvent, DaemonStats, LazySets, Remote};
 use crate::criu::ImageKind;
 use crate::criu::page_server::page_size;
+use crate::memory::buffer::Buffer;
 use crate::memory::store::Store;
 use crate::memory::{RangeSet, Space};
 
