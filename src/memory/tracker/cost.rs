@@ -1,6 +1,6 @@
-//! What tracking costs the tasks on this machine: the time that a write to a protected page takes, tried on memory of our own. It
-//! differs by more than ten between a processor of today, one with every mitigation, and an emulated one. What to do about it is
-//! [`crate::migrate`]'s business.
+//! What tracking costs the tasks on this machine: the time that a write to a protected page takes, tried on memory of our own.
+//! Mitigations, nested page tables and emulation make it another one on each machine. What to do about it is [`crate::migrate`]'s
+//! business.
 
 use std::time::Duration;
 

@@ -10,8 +10,10 @@ mod rounds;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
@@ -164,7 +166,14 @@ impl Mounted {
     fn end(self) -> Result<()> {
         let at = self.0.clone();
         std::mem::forget(self);
-        umount2(&at, MntFlags::empty()).with_context(|| format!("unmounting {}", at.display()))
+        let until = Instant::now() + Duration::from_secs(5);
+        loop {
+            match umount2(&at, MntFlags::empty()) {
+                // a child that another test forks has our descriptors until it executes its program
+                Err(Errno::EBUSY) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+                result => return result.with_context(|| format!("unmounting {}", at.display())),
+            }
+        }
     }
 }
 

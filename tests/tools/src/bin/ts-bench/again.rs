@@ -51,6 +51,7 @@ fn figures(run: &Value) -> Figures {
         bytes: count("bytes"),
         slowdown_pct: run["slowdown_pct"].as_f64(),
         write_cost_pct: run["write_cost_pct"].as_f64(),
+        lost_time_pct: run["lost_time_pct"].as_f64(),
         extra_bytes: count("extra_bytes"),
         wrong: count("wrong"),
         detail: run["detail"].clone(),
@@ -64,7 +65,14 @@ mod tests {
     use serde_json::json;
 
     fn file(gap_ms: f64, workload: &'static str, system: &'static str) -> String {
-        let run = Figures { gap_ms, freeze_ms: 1.5, bytes: 7, slowdown_pct: Some(3.0), ..Figures::default() };
+        let run = Figures {
+            gap_ms,
+            freeze_ms: 1.5,
+            bytes: 7,
+            slowdown_pct: Some(3.0),
+            lost_time_pct: Some(2.5),
+            ..Figures::default()
+        };
         let errors = vec!["once".to_owned(), "twice".to_owned()];
         let rows = [Row { workload, system, runs: vec![run.clone(), run], errors, skipped: None }];
         let path = std::env::temp_dir().join(format!("ts-bench-again.{}.{gap_ms}", std::process::id()));
@@ -82,6 +90,7 @@ mod tests {
         assert_eq!(names, [("shell", "transship", Some(2.0), 2), ("tree", "runc", Some(3.0), 2)]);
         assert_eq!((rows[1].errors.len(), rows[1].runs[0].bytes), (2, 7));
         assert_eq!((rows[1].runs[0].slowdown_pct, machine["cores"].as_f64()), (Some(3.0), Some(1.0)));
+        assert_eq!(rows[1].runs[0].lost_time_pct, Some(2.5));
         assert!(read(&["/nowhere".into()]).err().unwrap().contains("/nowhere"));
         assert!(row(&json!({"workload": "shell", "system": "x"})).err().unwrap().contains("no system"));
     }

@@ -16,6 +16,8 @@ const BASELINE: Duration = Duration::from_secs(2);
 const AFTERWARDS: Duration = Duration::from_millis(5300);
 /// A pre-copy shorter than this says nothing about the pace in it.
 const LEAST: f64 = 0.25;
+/// A workload that runs its own code for less of its time sleeps now and then: what it loses it can make up for.
+const BUSY: f64 = 0.8;
 
 /// The figures of one move. What could not be measured is absent.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +31,9 @@ pub struct Figures {
     pub slowdown_pct: Option<f64>,
     /// How much longer a single write took then.
     pub write_cost_pct: Option<f64>,
+    /// Of a workload that is always busy: how much less of its time it ran its own code (user time) then. What it lost is the kernel's
+    /// for the faults, or was spent waiting for a processor; how fast the machine is at that moment does not change it.
+    pub lost_time_pct: Option<f64>,
     pub extra_bytes: u64,
     /// Wrong pages or replies, lost ones included. Anything but 0 is a failure.
     pub wrong: u64,
@@ -40,23 +45,37 @@ impl Figures {
         json!({
             "freeze_ms": self.freeze_ms, "gap_ms": self.gap_ms, "p99_after_ms": self.p99_ms, "total_ms": self.total_ms,
             "bytes": self.bytes, "slowdown_pct": self.slowdown_pct, "write_cost_pct": self.write_cost_pct,
-            "extra_bytes": self.extra_bytes, "wrong": self.wrong, "detail": self.detail,
+            "lost_time_pct": self.lost_time_pct, "extra_bytes": self.extra_bytes, "wrong": self.wrong, "detail": self.detail,
         })
     }
 }
 
-/// Steps a second and microseconds a step of the slices (of 100 ms) that lie in [`from`, `to`].
-fn pace(slices: &Value, from: f64, to: f64) -> Option<(f64, f64)> {
-    let (mut n, mut steps, mut busy) = (0.0, 0.0, 0.0);
+struct Pace {
+    /// Steps a second.
+    steps: f64,
+    /// Microseconds a step.
+    cost: f64,
+    /// The part of the time that the workload ran its own code.
+    user: f64,
+}
+
+/// Of the slices (of 100 ms) that lie in [`from`, `to`].
+fn pace(slices: &Value, from: f64, to: f64) -> Option<Pace> {
+    let (mut n, mut steps, mut busy, mut user) = (0.0, 0.0, 0.0, 0.0);
     for slice in slices.as_array()? {
         let end = slice[0].as_f64()?;
         if end - 0.1 >= from && end <= to {
             n += 1.0;
             steps += slice[1].as_f64()?;
             busy += slice[2].as_f64()?;
+            user += slice[3].as_f64()?;
         }
     }
-    (n > 0.0 && steps > 0.0).then(|| (steps / n * 10.0, busy / steps))
+    (n > 0.0 && steps > 0.0).then(|| Pace {
+        steps: steps / n * 10.0,
+        cost: busy / steps,
+        user: user / n / 1e5,
+    })
 }
 
 fn percent(before: f64, during: f64) -> f64 {
@@ -64,14 +83,17 @@ fn percent(before: f64, during: f64) -> f64 {
 }
 
 /// Of ts-load's status: what the pace before the stall was beside that before the move.
-fn slowdown(status: &Value, begin: f64, stall: &Value) -> Option<(f64, f64)> {
+fn slowdown(figures: &mut Figures, status: &Value, begin: f64, stall: &Value) -> Option<()> {
     let freeze = stall["realtime_end"].as_f64()? - stall["ms"].as_f64()? / 1e3;
     if freeze - begin < LEAST {
         return None;
     }
     let before = pace(&status["slices"], begin - BASELINE.as_secs_f64(), begin)?;
     let during = pace(&status["slices"], begin, freeze)?;
-    Some((-percent(before.0, during.0), percent(before.1, during.1)))
+    figures.slowdown_pct = Some(-percent(before.steps, during.steps));
+    figures.write_cost_pct = Some(percent(before.cost, during.cost));
+    figures.lost_time_pct = (before.user > BUSY).then(|| -percent(before.user, during.user));
+    Some(())
 }
 
 fn measure_load(figures: &mut Figures, moved: &Move, bed: &mut Bed) -> Result<(), String> {
@@ -81,9 +103,7 @@ fn measure_load(figures: &mut Figures, moved: &Move, bed: &mut Bed) -> Result<()
     let stall = &status["longest"];
     figures.gap_ms = stall["ms"].as_f64().ok_or("ts-load saw no stall")?;
     figures.p99_ms = status["after"]["p99_ms"].as_f64();
-    if let Some((slower, cost)) = slowdown(&status, moved.begin, stall) {
-        (figures.slowdown_pct, figures.write_cost_pct) = (Some(slower), Some(cost));
-    }
+    slowdown(figures, &status, moved.begin, stall);
     let verdict = workload::ask(bed, "verify")?;
     figures.wrong = verdict["wrong"].as_u64().unwrap_or(1);
     if figures.wrong > 0 {
@@ -171,19 +191,27 @@ mod tests {
 
     #[test]
     fn slowdown_compares_the_precopy_with_before() {
-        // 2 s at 100 steps a slice, then 1 s at 90, each a quarter more expensive
-        let slices: Vec<Value> = (0..30)
-            .map(|i| {
+        // 2 s at 100 steps a slice, then 1 s at 90, each a quarter more expensive and a twentieth of the time lost
+        let slices = |user: u64| -> Vec<Value> {
+            let slice = |i: u32| {
                 let end = 10.0 + f64::from(i + 1) * 0.1;
-                if i < 20 { json!([end, 100, 1000]) } else { json!([end, 90, 1125]) }
-            })
-            .collect();
+                if i < 20 { json!([end, 100, 1000, user]) } else { json!([end, 90, 1125, user * 95 / 100]) }
+            };
+            (0..30).map(slice).collect()
+        };
         let stall = json!({"ms": 50.0, "realtime_end": 13.05 + 1e-6});
-        let status = json!({"slices": slices});
-        let (slower, cost) = slowdown(&status, 12.0 + 1e-9, &stall).unwrap();
-        assert!((slower - 10.0).abs() < 0.2 && (cost - 25.0).abs() < 0.2, "{slower} {cost}");
+        let figures = |user, begin| {
+            let mut figures = Figures::default();
+            slowdown(&mut figures, &json!({"slices": slices(user)}), begin, &stall);
+            (figures.slowdown_pct, figures.write_cost_pct, figures.lost_time_pct)
+        };
+        let (slower, cost, lost) = figures(100_000, 12.0 + 1e-9);
+        let near = |figure: Option<f64>, to: f64| (figure.unwrap() - to).abs() < 0.2;
+        assert!(near(slower, 10.0) && near(cost, 25.0) && near(lost, 5.0), "{slower:?} {cost:?} {lost:?}");
+        // one that sleeps
+        assert_eq!(figures(50_000, 12.0 + 1e-9), (slower, cost, None));
         // no pre-copy to speak of
-        assert_eq!(slowdown(&status, 12.9, &stall), None);
+        assert_eq!(figures(100_000, 12.9), (None, None, None));
     }
 
     #[test]

@@ -22,6 +22,12 @@ fn megabytes(bytes: Option<f64>) -> String {
     bytes.map_or("-".into(), |b| format!("{:.0}", b / 1e6))
 }
 
+/// By its pace, and in brackets by its own time where that is known.
+fn slower(row: &Row) -> String {
+    let own = row.median_some(|f| f.lost_time_pct).map_or(String::new(), |lost| format!(" ({lost:.1})"));
+    number(row.median_some(|f| f.slowdown_pct)) + &own
+}
+
 /// The machine, then a table for each workload.
 pub fn tables(rows: &[Row], workloads: &[&Workload], machine: &Value) -> String {
     let text = |name: &str| machine[name].as_str().unwrap_or("?").to_owned();
@@ -44,7 +50,7 @@ pub fn tables(rows: &[Row], workloads: &[&Workload], machine: &Value) -> String 
     for workload in workloads {
         let _ = write!(
             out,
-            "\n### {}: {}\n\n| system | runs | gap ms (range) | gap / transship's | freeze ms | p99 after, ms | total ms | MB on the wire | slow-down % | extra MB at the destination | wrong |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
+            "\n### {}: {}\n\n| system | runs | gap ms (range) | gap / transship's | freeze ms | p99 after, ms | total ms | MB on the wire | slow-down % (own time) | extra MB at the destination | wrong |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
             workload.name, workload.about,
         );
         let mut notes = String::new();
@@ -63,7 +69,7 @@ pub fn tables(rows: &[Row], workloads: &[&Workload], machine: &Value) -> String 
                 number(row.median_some(|f| f.p99_ms)),
                 number(row.median(|f| f.total_ms)),
                 megabytes(row.median(|f| f.bytes as f64)),
-                number(row.median_some(|f| f.slowdown_pct)),
+                slower(row),
                 megabytes(row.median(|f| f.extra_bytes as f64)),
                 row.wrong(),
             );

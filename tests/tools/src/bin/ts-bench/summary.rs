@@ -80,6 +80,7 @@ pub fn json(rows: &[Row], full: bool) -> Value {
             value["p99_after_ms"] = json!(row.median_some(|f| f.p99_ms));
             value["slowdown_pct"] = json!(row.median_some(|f| f.slowdown_pct));
             value["write_cost_pct"] = json!(row.median_some(|f| f.write_cost_pct));
+            value["lost_time_pct"] = json!(row.median_some(|f| f.lost_time_pct));
             value["extra_bytes"] = json!(row.median(|f| f.extra_bytes as f64).map(|b| b as u64));
             value["errors"] = json!(row.errors);
             value["runs"] = row.runs.iter().map(Figures::json).collect();

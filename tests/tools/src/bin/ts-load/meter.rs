@@ -1,4 +1,5 @@
-//! What a workload sees of its own interruption: the longest stall, the pace in slices of 100 ms, and how long single steps took.
+//! What a workload sees of its own interruption: the longest stall, the pace in slices of 100 ms, how much of them it ran its own
+//! code, and how long single steps took.
 //!
 //! A stall is the time between two looks at the clock. It must be the wall clock: CRIU restores a container into a time namespace
 //! in which the monotonic clocks (CLOCK_BOOTTIME among them) go on from where they were dumped, and a process sees little of its own
@@ -24,11 +25,23 @@ pub fn clock() -> Duration {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
+/// The processor time that this process has spent in its own code. A restored process begins at 0 again.
+fn user_time() -> Duration {
+    // SAFETY: all zeros are a rusage, and getrusage(2) writes one there.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        usage
+    };
+    Duration::from_secs(usage.ru_utime.tv_sec as u64) + Duration::from_micros(usage.ru_utime.tv_usec as u64)
+}
+
 struct Slice {
     /// The wall clock at its end.
     end: f64,
     steps: u64,
     busy: Duration,
+    user: Duration,
 }
 
 struct Stall {
@@ -41,6 +54,8 @@ pub struct Meter {
     slice_end: Duration,
     steps: u64,
     busy: Duration,
+    /// At the begin of the slice.
+    user: Duration,
     slices: VecDeque<Slice>,
     longest: Option<Stall>,
     longest_end: Duration,
@@ -58,6 +73,7 @@ impl Meter {
             slice_end: now + SLICE,
             steps: 0,
             busy: Duration::ZERO,
+            user: user_time(),
             slices: VecDeque::with_capacity(SLICES + 1),
             longest: None,
             longest_end: now,
@@ -83,7 +99,7 @@ impl Meter {
     /// What happened since the last look was our own doing (a check of all memory, say) and no stall.
     pub fn skip(&mut self, now: Duration) {
         self.last = now;
-        (self.steps, self.busy) = (0, Duration::ZERO);
+        (self.steps, self.busy, self.user) = (0, Duration::ZERO, user_time());
         self.slice_end = now + SLICE;
     }
 
@@ -106,12 +122,12 @@ impl Meter {
             }
         }
         if now >= self.slice_end {
-            self.slices.push_back(Slice { end: time::realtime(), steps: self.steps, busy: self.busy });
+            let user = user_time().saturating_sub(self.user);
+            self.slices.push_back(Slice { end: time::realtime(), steps: self.steps, busy: self.busy, user });
             if self.slices.len() > SLICES {
                 self.slices.pop_front();
             }
-            (self.steps, self.busy) = (0, Duration::ZERO);
-            self.slice_end = now + SLICE;
+            self.skip(now);
         }
     }
 
@@ -132,8 +148,9 @@ impl Meter {
 
     pub fn json(&self) -> Value {
         let stall = |s: &Stall| json!({"ms": time::ms(s.length), "realtime_end": s.end});
+        let us = |time: Duration| time.as_micros() as u64;
         let slices: Vec<Value> =
-            self.slices.iter().map(|s| json!([s.end, s.steps, s.busy.as_micros() as u64])).collect();
+            self.slices.iter().map(|s| json!([s.end, s.steps, us(s.busy), us(s.user)])).collect();
         json!({
             "longest": self.longest.as_ref().map(stall),
             "stalls": self.stalls.iter().map(stall).collect::<Vec<_>>(),
@@ -169,6 +186,23 @@ mod tests {
         meter.reset(MS(1000));
         meter.step(MS(1001), MS(1002));
         assert_eq!(meter.json()["longest"]["ms"], 2.0);
+    }
+
+    #[test]
+    fn slices_know_how_long_their_process_ran() {
+        let mut meter = Meter::new(clock());
+        let begin = user_time();
+        while user_time() < begin + MS(150) {
+            meter.step(clock(), clock());
+        }
+        meter.look(meter.slice_end);
+        std::thread::sleep(MS(300));
+        meter.look(meter.slice_end);
+        let slices = meter.json()["slices"].clone();
+        let user: Vec<_> = slices.as_array().unwrap().iter().map(|s| s[3].as_u64().unwrap()).collect();
+        let (last, all) = (user[user.len() - 1], user.iter().sum::<u64>());
+        // other tests of this process may run meanwhile
+        assert!(all >= 150_000 && user.len() > 1 && last < all, "{slices}");
     }
 
     #[test]
