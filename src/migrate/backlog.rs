@@ -20,7 +20,7 @@ const MAX_NAME: usize = 15;
 ///
 /// # Errors
 /// The connection's.
-pub(super) fn send(backlog: &Backlog, link: &Link) -> Result<u64> {
+pub(super) fn send(backlog: &mut Backlog, link: &Link) -> Result<u64> {
     let packets = backlog.take();
     for payload in encode(&packets) {
         link.frame(Kind::Backlog, &[&payload])?;

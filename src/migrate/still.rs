@@ -59,14 +59,12 @@ impl Still {
         took.freeze_ms = millis(since.elapsed());
         // the fence comes after the freeze: until here every packet was answered, after it none is
         let at = Instant::now();
-        if let Err(e) = net::fence(netns.as_fd()) {
+        let fence = || net::fence(netns.as_fd());
+        let fenced = backlog.as_mut().map_or_else(fence, |backlog| backlog.behind(fence));
+        if let Err(e) = fenced {
             net::unfence(netns.as_fd()).ok();
             freezer.thaw().ok();
             return Err(e.context("fencing the container's network"));
-        }
-        if let Some(Err(e)) = backlog.as_ref().map(Backlog::begin) {
-            log::warn!("packets that come in the freeze will be lost: {e:#}");
-            backlog = None;
         }
         took.fence_ms = millis(at.elapsed());
         let at = Instant::now();
@@ -87,8 +85,8 @@ impl Still {
     }
 
     /// Packets for the container that came since it stands still.
-    pub(super) fn backlog(&self) -> Option<&Backlog> {
-        self.backlog.as_ref()
+    pub(super) fn backlog(&mut self) -> Option<&mut Backlog> {
+        self.backlog.as_mut()
     }
 
     /// The source's network is its owner's again (the container lives nowhere else).
@@ -113,7 +111,7 @@ impl Still {
         }
         self.task.resume();
         self.freezer.thaw().context("thawing the container (its cgroup is still frozen)")?;
-        if let Some(backlog) = self.backlog.take().filter(|_| unfenced.is_ok())
+        if let Some(mut backlog) = self.backlog.take().filter(|_| unfenced.is_ok())
             && let Err(e) = net::deliver(self.netns.as_fd(), &backlog.take())
         {
             log::warn!("delivering the packets that came in the freeze: {e:#}");

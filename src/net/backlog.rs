@@ -108,6 +108,13 @@ impl Packet {
             && kind.is_some_and(is_ip)
             && self.offload.fits(self.frame.len())
     }
+
+    /// Whether it is TCP, whose receivers know what they had before. (Behind extension headers of IPv6 it is not looked for.)
+    fn is_tcp(&self) -> bool {
+        let Some((ethernet, ip)) = self.frame.split_at_checked(ETHERNET) else { return false };
+        let protocol = if ethernet[12..] == (libc::ETH_P_IPV6 as u16).to_be_bytes() { 6 } else { 9 };
+        ip.get(protocol) == Some(&(libc::IPPROTO_TCP as u8))
+    }
 }
 
 fn is_ip(kind: u16) -> bool {
@@ -119,10 +126,12 @@ fn is_ip(kind: u16) -> bool {
 pub struct Backlog {
     socket: OwnedFd,
     names: Names,
+    /// Came while the fence went up.
+    early: Vec<Packet>,
 }
 
 impl Backlog {
-    /// Makes the tap; it keeps nothing before [`Backlog::begin`].
+    /// Makes the tap; it keeps nothing before [`Backlog::behind`].
     pub fn prepare(netns: BorrowedFd<'_>) -> Result<Backlog> {
         let (socket, names) = netns::inside(netns, || {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -137,18 +146,35 @@ impl Backlog {
             // as much as the machine allows everybody
             set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, ROOM).context("SO_RCVBUF")?;
         }
-        Ok(Backlog { socket, names })
+        Ok(Backlog { socket, names, early: Vec::new() })
     }
 
-    /// Keeps what comes from now on. The fence stands already: what was let in must not come twice.
-    pub fn begin(&self) -> Result<()> {
+    /// Has the `fence` put up, and keeps what comes from there on. Where that cannot be had (it is logged) the fence is put up all the same.
+    ///
+    /// The tap is there first: a fence drops packets before whoever put it up knows that it stands. Of what came until then nobody knows
+    /// whether it was let in. TCP throws away what it has already, and sends again after 200 ms what it believes lost: that is kept.
+    /// A datagram must not come twice, and may be lost: the rest is not.
+    ///
+    /// # Errors
+    /// The fence's.
+    pub fn behind(&mut self, fence: impl FnOnce() -> Result<()>) -> Result<()> {
+        if let Err(e) = self.tap() {
+            log::warn!("packets that come in the freeze will be lost: {e:#}");
+        }
+        fence()?;
+        self.early = self.take();
+        self.early.retain(Packet::is_tcp);
+        Ok(())
+    }
+
+    fn tap(&self) -> Result<()> {
         let all = link_address(0, (libc::ETH_P_ALL as u16).to_be(), [0; 6]);
         bind(self.socket.as_raw_fd(), &all).context("tapping the container's network")
     }
 
     /// What has come since the last call; never waits.
-    pub fn take(&self) -> Vec<Packet> {
-        let mut packets = Vec::new();
+    pub fn take(&mut self) -> Vec<Packet> {
+        let mut packets = std::mem::take(&mut self.early);
         let mut buffer = vec![0; HEADER + MAX_FRAME];
         loop {
             let mut parts = [IoSliceMut::new(&mut buffer)];
@@ -239,6 +265,21 @@ mod tests {
         assert!(!with(&|p| p.frame.truncate(14)));
         assert!(!with(&|p| p.frame.clear()));
         assert!(!with(&|p| p.frame.resize(MAX_FRAME + 1, 0)));
+    }
+
+    #[test]
+    fn tcp_is_told_from_the_rest() {
+        let of = |kind: u16, at: usize, protocol: i32| {
+            let mut packet = packet();
+            packet.frame[12..ETHERNET].copy_from_slice(&kind.to_be_bytes());
+            packet.frame[ETHERNET + at] = protocol as u8;
+            packet.is_tcp()
+        };
+        let (v4, v6) = (libc::ETH_P_IP as u16, libc::ETH_P_IPV6 as u16);
+        assert!(of(v4, 9, libc::IPPROTO_TCP) && of(v6, 6, libc::IPPROTO_TCP));
+        assert!(!of(v4, 9, libc::IPPROTO_UDP) && !of(v6, 6, libc::IPPROTO_UDP));
+        assert!(!of(v4, 6, libc::IPPROTO_TCP) && !of(v6, 9, libc::IPPROTO_TCP));
+        assert!(!Packet { frame: vec![8; ETHERNET], ..packet() }.is_tcp());
     }
 
     #[test]

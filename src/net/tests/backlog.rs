@@ -19,11 +19,15 @@ fn datagrams_into_the_fence_come_once_and_in_order() {
         server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let mut word = [0; 64];
         let mut next = || server.recv(&mut word).map(|n| String::from_utf8_lossy(&word[..n]).into_owned());
-        let backlog = Backlog::prepare(own.as_fd()).unwrap();
+        let mut backlog = Backlog::prepare(own.as_fd()).unwrap();
         client.send(b"before").unwrap();
         assert_eq!(next().unwrap(), "before");
-        fence(own.as_fd()).unwrap();
-        backlog.begin().unwrap();
+        let fence_late = || {
+            client.send(b"let in").unwrap();
+            fence(own.as_fd())
+        };
+        backlog.behind(fence_late).unwrap();
+        assert_eq!(next().unwrap(), "let in");
         // IP fragments, and enough of them that the room is used
         let long = "x".repeat(3000);
         for n in 0..150 {
@@ -63,9 +67,8 @@ fn what_the_hardware_was_to_do_is_still_done() {
             let connect = || Ok(TcpStream::connect("10.99.0.2:7002")?);
             let mut client = netns::inside(peer.as_fd(), connect).unwrap();
             let (mut server, _) = listener.accept().unwrap();
-            let backlog = Backlog::prepare(own.as_fd()).unwrap();
-            fence(own.as_fd()).unwrap();
-            backlog.begin().unwrap();
+            let mut backlog = Backlog::prepare(own.as_fd()).unwrap();
+            backlog.behind(|| fence(own.as_fd())).unwrap();
             // more than a segment and less than the first window: one packet for the network card to cut, without a checksum
             let sent: Vec<u8> = (0..8000u32).map(|n| (n % 251) as u8).collect();
             client.write_all(&sent).unwrap();
@@ -79,5 +82,48 @@ fn what_the_hardware_was_to_do_is_still_done() {
             packets.iter().any(|p| p.offload.gso_type != 0 && p.offload.flags == 1)
         });
         assert!(left_to_the_card, "no packet of five connections was to be cut");
+    });
+}
+
+#[test]
+fn a_request_that_comes_while_the_fence_goes_up_is_not_lost() {
+    use std::io::{Read, Write};
+    on_node(|| {
+        let (own, peer) =
+            (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
+        sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
+        let listener = netns::inside(own.as_fd(), || Ok(TcpListener::bind("10.99.0.2:7003")?)).unwrap();
+        let connect = || Ok(TcpStream::connect("10.99.0.2:7003")?);
+        // one request of each after the other, while a fence goes up slowly: no later one of its connection tells that it is missing
+        let mut pairs: Vec<_> = (0..100)
+            .map(|_| {
+                let client = netns::inside(peer.as_fd(), connect).unwrap();
+                let (server, _) = listener.accept().unwrap();
+                server.set_read_timeout(Some(Duration::from_millis(150))).unwrap();
+                (client, server)
+            })
+            .collect();
+        let (mut word, mut kept) = ([0; 4], 0);
+        for round in 0..5u32 {
+            let mut backlog = Backlog::prepare(own.as_fd()).unwrap();
+            let fence_and_dawdle =
+                || fence(own.as_fd()).inspect(|()| std::thread::sleep(Duration::from_millis(1)));
+            std::thread::scope(|threads| {
+                threads.spawn(|| pairs.iter_mut().for_each(|p| p.0.write_all(&round.to_le_bytes()).unwrap()));
+                backlog.behind(fence_and_dawdle).unwrap();
+            });
+            let packets = backlog.take();
+            kept += packets.len();
+            unfence(own.as_fd()).unwrap();
+            deliver(own.as_fd(), &packets).unwrap();
+            for (n, (client, server)) in pairs.iter_mut().enumerate() {
+                let read = server.read_exact(&mut word);
+                read.unwrap_or_else(|e| panic!("round {round}, request {n}: {e}"));
+                assert_eq!(u32::from_le_bytes(word), round);
+                server.write_all(&word).unwrap();
+                client.read_exact(&mut word).unwrap();
+            }
+        }
+        assert!(kept > 0, "none came in time for the test");
     });
 }

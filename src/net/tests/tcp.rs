@@ -110,9 +110,8 @@ fn move_connection(own: &str, help: Help) -> Duration {
     let config = capture(source.as_fd()).unwrap();
     build(&config, &path("tnet-b"), &attach()).unwrap();
     let made = open(&path("tnet-b")).unwrap();
-    let backlog = Backlog::prepare(source.as_fd()).unwrap();
-    fence(source.as_fd()).unwrap();
-    backlog.begin().unwrap();
+    let mut backlog = Backlog::prepare(source.as_fd()).unwrap();
+    backlog.behind(|| fence(source.as_fd())).unwrap();
     client.write_all(b"late").unwrap();
     let image = dump(&server);
     drop((server, listener));
