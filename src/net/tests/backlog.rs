@@ -1,17 +1,22 @@
 //! What comes to a fenced namespace comes once, and only what was meant for it.
 
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::*;
 
+/// The container (10.99.0.2) and somebody beside it (10.99.0.9).
+fn neighbours() -> (OwnedFd, OwnedFd) {
+    let both = (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
+    sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
+    both
+}
+
 #[test]
 fn datagrams_into_the_fence_come_once_and_in_order() {
     on_node(|| {
-        let (own, peer) =
-            (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
-        sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
+        let (own, peer) = neighbours();
         let server =
             netns::inside(own.as_fd(), || Ok(UdpSocket::bind(("10.99.0.2", 7001)).unwrap())).unwrap();
         let client = netns::inside(peer.as_fd(), || Ok(UdpSocket::bind(("10.99.0.9", 0)).unwrap())).unwrap();
@@ -58,9 +63,7 @@ fn datagrams_into_the_fence_come_once_and_in_order() {
 fn what_the_hardware_was_to_do_is_still_done() {
     use std::io::{Read, Write};
     on_node(|| {
-        let (own, peer) =
-            (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
-        sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
+        let (own, peer) = neighbours();
         let listener = netns::inside(own.as_fd(), || Ok(TcpListener::bind("10.99.0.2:7002")?)).unwrap();
         // a busy kernel may cut the packet itself (seen once): a new connection then
         let left_to_the_card = (0..5).any(|_| {
@@ -89,9 +92,7 @@ fn what_the_hardware_was_to_do_is_still_done() {
 fn a_request_that_comes_while_the_fence_goes_up_is_not_lost() {
     use std::io::{Read, Write};
     on_node(|| {
-        let (own, peer) =
-            (container("tnet-a", "02:00:0a:63:00:02"), container("tnet-p", "02:00:0a:63:00:09"));
-        sh("ip -n tnet-a addr add 10.99.0.2/24 dev eth0; ip -n tnet-p addr add 10.99.0.9/24 dev eth0");
+        let (own, peer) = neighbours();
         let listener = netns::inside(own.as_fd(), || Ok(TcpListener::bind("10.99.0.2:7003")?)).unwrap();
         let connect = || Ok(TcpStream::connect("10.99.0.2:7003")?);
         // one request of each after the other, while a fence goes up slowly: no later one of its connection tells that it is missing
