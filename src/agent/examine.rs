@@ -205,22 +205,19 @@ async fn inspect(
     Ok(inspected)
 }
 
-/// A process in the task's network that is not the task's. The list of the task's processes is older than the look at
-/// /proc: a process that was only now forked is a stranger once, but not when the list is read again. Nor is a program of the move that
-/// brought it here, which worked inside its network and is about to end.
+/// A process in the task's network that is not the task's. The list of the task's processes is read after the look at /proc: who is in the one
+/// but not in the other is a stranger, however fast the task forks. A program of the move that brought the task here, which worked inside its
+/// network, is given the time to end.
 async fn stranger(containerd: &Namespace, task: &Task) -> Result<Option<u32>> {
     const LOOKS: usize = 7;
-    let mut own = containerd.task_pids(&task.id).await?;
-    let mut found = netns::shared_with(task.pid, &own);
+    let mut users = netns::Users::now(task.pid);
     for look in 1..LOOKS {
-        if found.is_none() {
-            break;
+        if users.besides(&containerd.task_pids(&task.id).await?).is_none() {
+            return Ok(None);
         }
         tokio::time::sleep(Duration::from_millis(25 << look)).await;
-        own.extend(containerd.task_pids(&task.id).await?);
-        found = netns::shared_with(task.pid, &own);
     }
-    Ok(found)
+    Ok(users.besides(&[]))
 }
 
 /// What the offer says of node, processes and network.

@@ -121,21 +121,45 @@ pub fn release(namespace: &str, record: &Record, others: &[Record]) -> Vec<Strin
 
 /// A process in the namespace at `path`.
 fn user_of(path: &Path) -> Option<u32> {
-    user_besides(path, &[])
+    users_of(path).first().copied()
 }
 
-/// A process in the network namespace of `pid` that is not one of `own`: fencing or moving the namespace would cut it off.
-pub fn shared_with(pid: u32, own: &[u32]) -> Option<u32> {
-    user_besides(Path::new(&format!("/proc/{pid}/ns/net")), own)
+fn users_of(path: &Path) -> Vec<u32> {
+    let Some(namespace) = inode(path) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| is_in(*pid, namespace)).collect()
 }
 
-fn user_besides(path: &Path, own: &[u32]) -> Option<u32> {
-    let wanted = fs::metadata(path).ok().map(|m| m.ino())?;
-    let entries = fs::read_dir("/proc").ok()?.flatten();
-    entries
-        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| !own.contains(pid))
-        .find(|pid| fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| m.ino() == wanted))
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|m| m.ino())
+}
+
+fn is_in(pid: u32, namespace: u64) -> bool {
+    inode(Path::new(&format!("/proc/{pid}/ns/net"))) == Some(namespace)
+}
+
+/// The processes in a network namespace at one moment. Those of them that are accounted for, or have ended, are struck off; who comes later is
+/// not looked for. So a list of a task's processes that was read *after* that moment accounts for all that were the task's by then, however many
+/// it forks meanwhile.
+pub struct Users {
+    path: PathBuf,
+    pids: Vec<u32>,
+}
+
+impl Users {
+    /// Those in the network namespace of `pid`, which goes on living.
+    pub fn now(pid: u32) -> Users {
+        let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+        Users { pids: users_of(&path), path }
+    }
+
+    /// The first who is not one of `known`, and is in there still.
+    pub fn besides(&mut self, known: &[u32]) -> Option<u32> {
+        let namespace = inode(&self.path)?;
+        self.pids.retain(|pid| !known.contains(pid) && is_in(*pid, namespace));
+        self.pids.first().copied()
+    }
 }
 
 #[cfg(test)]
@@ -157,7 +181,25 @@ mod tests {
         let own = fs::metadata("/proc/self/ns/net").unwrap();
         assert!(own.ino() > 0);
         assert!(user_of(Path::new("/proc/self/ns/net")).is_some());
-        let me = std::process::id();
-        assert_ne!(shared_with(me, &[me]), Some(me));
+    }
+
+    /// What a task that forks without end looks like: there is always somebody who is in no list.
+    #[test]
+    fn who_was_there_first_is_a_stranger_who_came_later_is_not() {
+        let sleeper = || std::process::Command::new("sleep").arg("30").spawn().unwrap();
+        let mut stranger = sleeper();
+        let mut users = Users::now(std::process::id());
+        let mut later = sleeper();
+        // all others there are known, whatever they are
+        let known: Vec<u32> = users.pids.iter().copied().filter(|pid| *pid != stranger.id()).collect();
+        assert!(known.contains(&std::process::id()) && !known.contains(&later.id()));
+        assert_eq!(users.besides(&known), Some(stranger.id()));
+        // it is remembered who was known
+        assert_eq!(users.besides(&[]), Some(stranger.id()));
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+        assert_eq!(users.besides(&[]), None);
+        later.kill().unwrap();
+        later.wait().unwrap();
     }
 }

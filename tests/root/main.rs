@@ -92,7 +92,8 @@ fn trial(scenario: &Scenario, containerd: Containerd, shared: &Shared) -> Result
     };
     let logs = bed.logs();
     bed.spoil();
-    Err(format!("{error}\n{logs}").into())
+    // at the end, where it is seen even if only the end is kept
+    Err(format!("{logs}\n{error}").into())
 }
 
 /// What each scenario took, for those who have to keep the whole run short.
