@@ -44,6 +44,14 @@ pub fn forget(bed: &Bed, id: &str) -> Result<()> {
     Ok(())
 }
 
+/// Waits until `ts-probe flood` has filled some of its log. How much, not with what: as both streams are mixed in any way, there is no line that is
+/// sure to be whole.
+pub fn wait_flood(bed: &Bed, id: &str) -> Result<()> {
+    wait_for(Duration::from_secs(10), &format!("output in the log of {id}"), || {
+        Ok(std::fs::metadata(container::log_path(bed, id)?).is_ok_and(|log| log.len() > 50_000))
+    })
+}
+
 /// What `ts-probe flood` wrote, both streams mixed in any way: fails unless each of them is 1, 2, 3 ... with nothing missing,
 /// twice or torn, and both equally long; the last number.
 pub fn flood(text: &str) -> Result<u64> {

@@ -177,7 +177,10 @@ impl<'c, 'b> Pod<'c, 'b> {
     /// Removes only the pod's cgroup.
     pub fn remove_cgroup(&self) -> Result<()> {
         let parent = self.config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default();
-        let script = format!("find /sys/fs/cgroup -depth -type d -path '*{parent}' -exec rmdir {{}} +");
+        // others' cgroups may go away while find is looking
+        let script = format!(
+            "find /sys/fs/cgroup -depth -type d -path '*{parent}' 2> /dev/null | while read -r d; do rmdir \"$d\"; done"
+        );
         self.cri.bed.sh(Node::A, &script).map(drop)
     }
 

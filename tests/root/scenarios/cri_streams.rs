@@ -1,10 +1,13 @@
 //! Exec, Attach and PortForward as kubectl uses them: both ways at once, terminals, exit codes.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::cri_containers::{in_any_order, without_times};
 use crate::Scenario;
+use crate::bed::wait_for;
 use crate::cri::client::Cri;
 use crate::cri::compare;
 use crate::cri::config::{Attach, PortForward};
@@ -66,11 +69,20 @@ fn exec(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
     over(&mut stream, "what is not there", record)?;
     let mut stream = open(&["sh", "-c", "kill -TERM $$"], false)?;
     over(&mut stream, "a signal", record)?;
-    // who goes away without a word leaves a command that is not ended by that (kubectl's own warning)
+    // when the client goes away without a word, its command is ended, but not what that has started (kubectl's own warning): cat reads the end
+    // of its stdin when containerd lets go of the command, which is at once or after 10 s, as it happens
     let mut stream = open(&["sh", "-c", "echo up; cat > /dev/null; sleep 0.2"], false)?;
     stream.wait_for(STDOUT, "up")?;
     drop(stream);
-    record.note("still there", cri.output(&id, &["sh", "-c", "sleep 1; ps -o args"])?);
+    let mut there = String::new();
+    wait_for(Duration::from_secs(30), "the end of what was left", || {
+        there = cri.output(&id, &["ps", "-o", "args"])?;
+        Ok(!there.lines().any(|line| line == "cat" || line.contains("echo up")))
+    })
+    .with_context(|| there.clone())?;
+    // nobody waits for cat here, unless it ended before its shell
+    let alive: Vec<&str> = there.lines().filter(|line| !line.starts_with('[')).collect();
+    record.note("still there", alive.join("\n"));
     pod.remove()
 }
 
@@ -93,12 +105,12 @@ fn attach(cri: &Cri<'_>, handler: &str, record: &mut Record) -> Result<()> {
             )
         };
         let mut first = open()?;
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         first.send(STDIN, b"one\n")?;
         first.wait_for(STDOUT, "got one")?;
         // another one sees and says the same
         let mut second = open()?;
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         second.send(STDIN, b"err\n")?;
         second.wait_for(STDOUT, "got err")?;
         first.wait_for(STDOUT, "got err")?;

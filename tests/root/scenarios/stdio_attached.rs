@@ -86,7 +86,7 @@ fn stdio_terminal(bed: &Bed) -> Result<()> {
     // for good once a child ends that is not the one it started
     let mut client = bed.command(Node::A, &["bash", "-c", &run]);
     let mut client = client.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    container::wait_log(bed, id, "5000")?;
+    output::wait_flood(bed, id)?;
     moves::migrate(bed, id, Node::A, Node::B)?;
     wait_more(bed, Node::B, id)?;
     let size = container::exec(bed, Node::B, id, &["stty", "-F", "/dev/pts/0", "size"])?;
@@ -107,7 +107,7 @@ fn stdio_fifos_and_attach(bed: &Bed) -> Result<()> {
     let id = "sa1";
     output::forget(bed, id)?;
     Run::new(bed, id, "probe").log()?.args(&["ts-probe", "flood"]).start(Node::A)?;
-    container::wait_log(bed, id, "\n5000\n")?;
+    output::wait_flood(bed, id)?;
     bed.stop_agent(Node::B)?;
     let agent = "(cat /etc/transship/agent.toml; echo 'stdio = \"fifo\"') > /run/fifo.toml; \
                  rm -f /run/transship/agent.sock; echo $$ > /run/fifo.pid; \

@@ -47,7 +47,7 @@ fn stdio_file(bed: &Bed) -> Result<()> {
     let id = "sf1";
     output::forget(bed, id)?;
     Run::new(bed, id, "probe").log()?.args(FLOOD).start(Node::A)?;
-    container::wait_log(bed, id, "\n5000\n")?;
+    output::wait_flood(bed, id)?;
     moves::migrate(bed, id, Node::A, Node::B)?;
     let first = container::log(bed, id)?;
     wait_more(bed, Node::B, id)?;
@@ -164,7 +164,7 @@ fn stdio_after_a_failed_move(bed: &Bed) -> Result<()> {
     let id = "sr1";
     output::forget(bed, id)?;
     Run::new(bed, id, "probe").log()?.args(FLOOD).start(Node::A)?;
-    container::wait_log(bed, id, "\n5000\n")?;
+    output::wait_flood(bed, id)?;
     bed.sh(Node::B, BREAK_RUNC)?;
     let outcome = moves::attempt(bed, id, Node::A, Node::B.address(), &[]);
     let lines = container::log(bed, id)?.len();
