@@ -15,6 +15,7 @@ pub const ALL: &[Scenario] = &[
     Scenario { name: "refused_unknown_container", needs: Needs::Migration, run: unknown_container },
     Scenario { name: "refused_not_running", needs: Needs::Migration, run: not_running },
     Scenario { name: "refused_host_network", needs: Needs::Migration, run: host_network },
+    Scenario { name: "refused_shared_network", needs: Needs::Migration, run: shared_network },
     Scenario { name: "refused_bind_mounts", needs: Needs::Migration, run: bind_mounts },
     Scenario { name: "refused_paused_or_with_exec", needs: Needs::Migration, run: paused_or_with_exec },
     Scenario { name: "refused_to_itself", needs: Needs::Migration, run: to_itself },
@@ -49,6 +50,24 @@ fn host_network(bed: &Bed) -> Result<()> {
     refused(bed, "t1", B, &[], 5, &["uses the node's network", "network namespace of its own"])?;
     trouble::nothing_on(bed, Node::B)?;
     container::delete(bed, Node::A, "t1")
+}
+
+/// With whom it shares its network is seen among processes that come and go all the time; alone there it moves.
+fn shared_network(bed: &Bed) -> Result<()> {
+    container::pod(bed, Node::A, "t1", "10.77.6.8")?;
+    let run = |id, command: &[&str]| {
+        Run::new(bed, id, "probe").pod("t1").options(&["--null-io"]).args(command).start(Node::A)
+    };
+    run("t1", &["sh", "-c", "while sleep 0.01; do :; done"])?;
+    run("t2", &["ts-probe", "sleep"])?;
+    let other = format!("process {}", container::pid(bed, Node::A, "t2")?);
+    refused(bed, "t1", B, &[], 5, &["shares its network", &other, "one pod"])?;
+    trouble::nothing_on(bed, Node::B)?;
+    container::delete(bed, Node::A, "t2")?;
+    moves::migrate(bed, "t1", Node::A, Node::B)?;
+    moves::migrate(bed, "t1", Node::B, Node::A)?;
+    container::delete(bed, Node::A, "t1")?;
+    container::unpod(bed, Node::A, "t1")
 }
 
 fn bind_mounts(bed: &Bed) -> Result<()> {
